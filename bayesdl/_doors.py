@@ -1,0 +1,77 @@
+"""The few doors through which a lower room reaches a higher one, when called.
+
+Imports of this package point downward. Where a method of a lower room is an exit to a higher one (a posterior to ArviZ, a
+file back to a posterior), it goes through a function here, which imports what it needs inside.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bayesdl.posterior import Posterior
+
+_ROOMS_WITH_RECORDS = ("hyper", "kernels", "likelihoods", "models", "priors")
+
+
+def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> Posterior:
+    """Read a posterior that `posterior.save` wrote. Reading runs no code from the file.
+
+    Args:
+        path: The file.
+        module: The network, for a posterior of `bdl.BNN(module=...)`: a file holds its weights, not its code.
+
+    Raises:
+        StorageError: The file is missing, truncated, corrupt, foreign, or of a later format.
+    """
+    from bayesdl.errors import StorageError, fail
+    from bayesdl.posterior import DrawsPosterior, GPPosterior
+    from bayesdl.posterior.base import load_parts
+
+    form, shared, record, tensors = load_parts(path, _resolve, module)
+    forms = {kind.form: kind for kind in (GPPosterior, DrawsPosterior)}
+    if form not in forms:
+        fail(StorageError, "bdl.load", f"form must be one of {sorted(forms)}.", got=form, fix="upgrade bayesdl")
+    try:
+        return forms[form]._from_parts(shared, record, tensors)
+    except KeyError as error:
+        fail(StorageError, "bdl.load", f"{path} lacks a part.", got=f"no {error}", fix="save the posterior again")
+
+
+def _resolve(kind: str) -> type:
+    """The dataclass that "room.Class" names, among the public settings of this package and nothing else."""
+    import dataclasses
+    import importlib
+
+    from bayesdl.errors import StorageError, fail
+
+    room, _, name = kind.partition(".")
+    if room in _ROOMS_WITH_RECORDS:
+        found: Any = getattr(importlib.import_module(f"bayesdl.{room}"), name, None)
+        if isinstance(found, type) and dataclasses.is_dataclass(found):
+            return found
+    fail(StorageError, "bdl.load", "the file names settings that this version lacks.", got=repr(kind), fix="upgrade bayesdl")
+
+
+def arviz_datatree(**groups: Any) -> Any:
+    """`interop.arviz.to_datatree`: the groups posterior, sample_stats, observed_data and log_likelihood as a DataTree."""
+    from bayesdl.interop.arviz import to_datatree
+
+    return to_datatree(**groups)
+
+
+def arviz_convergence(draws: Any) -> dict[str, float]:
+    """`interop.arviz.worst_convergence`: the worst R-hat, bulk and tail ESS over the components of draws (C, N, *event)."""
+    from bayesdl.interop.arviz import worst_convergence
+
+    return worst_convergence(draws)
+
+
+def sklearn_dataset(name: str) -> Any:
+    """`interop.sklearn.sklearn_dataset`: a data set that ships with scikit-learn, as arrays and names."""
+    from bayesdl.interop.sklearn import sklearn_dataset as read
+
+    return read(name)

@@ -1,0 +1,59 @@
+"""Settings as plain JSON and back: frozen dataclasses by the name of their room and class, and nothing else.
+
+`encode` writes {"kind": "kernels.RBF", "lengthscale": 0.7, ...}. `decode` builds the object again from classes that
+`resolve` hands out; it can name no other code, so that reading a file cannot run any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from bayesdl.errors import StorageError, fail
+
+
+def encode(value: Any) -> Any:
+    """A JSON value for `value`: primitives as they are, tuples marked, dataclasses with their kind."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, tuple):
+        return {"tuple": [encode(item) for item in value]}
+    if isinstance(value, list):
+        return [encode(item) for item in value]
+    if isinstance(value, nn.Module):
+        return {"module": repr(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        room = type(value).__module__.split(".")[1]
+        return {"kind": f"{room}.{type(value).__name__}", **fields}
+    raise TypeError(f"no JSON form for {type(value).__name__}: {value!r}")
+
+
+def decode(value: Any, resolve: Callable[[str], type], module: nn.Module | None = None) -> Any:
+    """The object that `encode` wrote; `resolve` maps "room.Class" to a dataclass, `module` fills in an own network.
+
+    Raises StorageError for an unknown kind, unknown fields, or a network that was not given.
+    """
+    if isinstance(value, list):
+        return [decode(item, resolve, module) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(decode(item, resolve, module) for item in value["tuple"])
+    if "module" in value:
+        if module is None:
+            wanted = "this posterior is of your own network, whose code is not in the file."
+            fail(StorageError, "bdl.load", wanted, got=value["module"][:200], fix="bdl.load(path, module=network)")
+        return module
+    kind = resolve(str(value.get("kind")))
+    fields = {name: decode(item, resolve, module) for name, item in value.items() if name != "kind"}
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        fail(StorageError, "bdl.load", f"{value['kind']} must have the fields of this version.", got=str(error), fix=_UPGRADE)
+
+
+_UPGRADE = "load it with the version of bayesdl that wrote it"

@@ -1,0 +1,47 @@
+"""Evaluation: proper scores, calibration, distance to a reference posterior, comparison of posteriors, and the report.
+
+`compare` (also `bayesdl.compare`) and the report load pandas and matplotlib when called, not before.
+"""
+
+from bayesdl.evaluation.agreement import total_variation, wasserstein2
+from bayesdl.evaluation.calibration import (
+    ReliabilityCurve,
+    calibration_band,
+    calibration_curve,
+    expected_calibration_error,
+    pit,
+    pit_calibration_error,
+    pit_calibration_error_band,
+    reliability_curve,
+)
+from bayesdl.evaluation.scores import (
+    accuracy,
+    brier,
+    class_probabilities,
+    coverage,
+    crps,
+    interval_score,
+    nlpd,
+    rmse,
+)
+
+__all__ = [
+    "ReliabilityCurve",
+    "accuracy",
+    "brier",
+    "calibration_band",
+    "calibration_curve",
+    "class_probabilities",
+    "coverage",
+    "crps",
+    "expected_calibration_error",
+    "interval_score",
+    "nlpd",
+    "pit",
+    "pit_calibration_error",
+    "pit_calibration_error_band",
+    "reliability_curve",
+    "rmse",
+    "total_variation",
+    "wasserstein2",
+]

@@ -1,0 +1,74 @@
+r"""How far one predictive is from another at the same inputs, as when an approximation is held against long-run HMC.
+
+Distances of whole distributions, point by point: two posteriors may agree in RMSE and still differ on what is unknown.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Normal
+
+from bayesdl.errors import ShapeError, fail
+from bayesdl.evaluation.scores import class_probabilities
+
+__all__ = ["quantile_profile", "total_variation", "wasserstein2", "wasserstein2_of_profiles"]
+
+NUM_NODES = 64
+_EDGE = 5.0
+
+
+def wasserstein2(p: Distribution, q: Distribution) -> Tensor:
+    r"""2-Wasserstein distance of two predictives of a scalar, pointwise (*b), in the units of y.
+
+        W2^2 = int_0^1 (Q_p(a) - Q_q(a))^2 da
+
+    For two Normals W2^2 = (loc_p - loc_q)^2 + (scale_p - scale_q)^2; otherwise the integral by quadrature over
+    a = Phi(u), which is as good as exact where the quantile functions are smooth in u (relative error about 1e-5, from
+    the tails beyond five standard deviations).
+
+    Raises:
+        ShapeError: When the batch shapes differ.
+
+    Cost: 64 quantiles of each per point.
+    """
+    _same_shape("wasserstein2", p, q)
+    if isinstance(p, Normal) and isinstance(q, Normal):
+        return torch.hypot(p.loc - q.loc, p.scale - q.scale)
+    return wasserstein2_of_profiles(quantile_profile(p), quantile_profile(q))
+
+
+def quantile_profile(predictive: Distribution) -> Tensor:
+    """Quantiles at the 64 nodes of the W2 quadrature, shape (64, *b): enough to compare with any other later."""
+    like = torch.as_tensor(predictive.mean)
+    return predictive.quantile(torch.special.ndtr(_nodes(like)))
+
+
+def wasserstein2_of_profiles(p: Tensor, q: Tensor) -> Tensor:
+    """W2 from two results of `quantile_profile`, pointwise (*b)."""
+    nodes = _nodes(p)
+    weights = torch.exp(-0.5 * nodes.square())
+    weights = (weights / weights.sum()).reshape(-1, *(1,) * (p.dim() - 1))
+    return (weights * (p - q).square()).sum(0).sqrt()
+
+
+def total_variation(p: Distribution, q: Distribution) -> Tensor:
+    """(1/2) sum_c |p_c - q_c| of two predictives of a label, pointwise (*b), between 0 and 1."""
+    _same_shape("total_variation", p, q)
+    return 0.5 * (class_probabilities(p) - class_probabilities(q)).abs().sum(-1)
+
+
+def _nodes(like: Tensor) -> Tensor:
+    # The trapezoid rule on u with normal weights: for smooth integrands the error falls faster than any power of h.
+    return torch.linspace(-_EDGE, _EDGE, NUM_NODES, dtype=like.dtype, device=like.device)
+
+
+def _same_shape(where: str, p: Distribution, q: Distribution) -> None:
+    if p.batch_shape != q.batch_shape:
+        fail(
+            ShapeError,
+            where,
+            "both predictives must have one batch shape.",
+            got=f"{tuple(p.batch_shape)} and {tuple(q.batch_shape)}",
+            fix="predict at the same inputs",
+        )

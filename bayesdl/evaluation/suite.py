@@ -1,0 +1,98 @@
+"""The engines that the command line knows by name, with settings that suit a table of a few hundred to thousand rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bayesdl.errors import SettingError, fail
+
+__all__ = ["ENGINES", "Entry", "build", "engine_names"]
+
+
+class Entry(NamedTuple):
+    """One engine by name.
+
+    Attributes:
+        description: What it is, in one line.
+        tasks: What it can be fitted to.
+        builder: (task, num_classes, quick) -> engine.
+    """
+
+    description: str
+    tasks: tuple[str, ...]
+    builder: Callable[[str, int, bool], Any]
+
+
+def build(name: str, task: str, num_classes: int, quick: bool = False) -> Any:
+    """The engine called `name` for a task ("regression", "binary", "multiclass").
+
+    Raises:
+        SettingError: An unknown name, or an engine that cannot do the task.
+    """
+    if name not in ENGINES:
+        fail(SettingError, "engines", f"engines are {', '.join(ENGINES)}.", got=repr(name), fix="check the spelling")
+    if task not in ENGINES[name].tasks:
+        able = ", ".join(engine_names(task))
+        wanted = f"{name} cannot do {'classification' if task != 'regression' else task}."
+        fail(SettingError, "engines", wanted, got=f"a {task} problem", fix=f"use {able}")
+    return ENGINES[name].builder(task, num_classes, quick)
+
+
+def engine_names(task: str) -> list[str]:
+    """Names of the engines that can do `task`."""
+    return [name for name, entry in ENGINES.items() if task in entry.tasks]
+
+
+def _gp(task: str, num_classes: int, quick: bool) -> Any:
+    from bayesdl.kernels import Matern, Scale
+
+    return _exact_gp(Scale(Matern(nu=2.5)), quick)
+
+
+def _nngp(task: str, num_classes: int, quick: bool) -> Any:
+    from bayesdl.kernels import NNGP
+
+    return _exact_gp(NNGP(depth=3, activation="relu"), quick)
+
+
+def _exact_gp(kernel: Any, quick: bool) -> Any:
+    from bayesdl.inference.exact_gp import ExactGP
+    from bayesdl.likelihoods import Gaussian
+    from bayesdl.models.gp import GP
+
+    return ExactGP(GP(kernel, mean="constant", likelihood=Gaussian()), num_starts=1 if quick else 4)
+
+
+def _hmc(task: str, num_classes: int, quick: bool) -> Any:
+    from bayesdl.inference.hmc import HMC
+
+    length = 100 if quick else 500
+    return HMC(_network(task, num_classes), num_chains=4, num_warmup=length, num_draws=length, num_steps=32)
+
+
+def _ensemble(task: str, num_classes: int, quick: bool) -> Any:
+    from bayesdl.inference.ensemble import Ensemble
+
+    return Ensemble(_network(task, num_classes), num_members=5, num_steps=400 if quick else 2000)
+
+
+def _network(task: str, num_classes: int) -> Any:
+    from bayesdl import likelihoods, priors
+    from bayesdl.models.bnn import BNN
+
+    likelihood = {
+        "regression": likelihoods.Gaussian,
+        "binary": likelihoods.Bernoulli,
+        "multiclass": lambda: likelihoods.Categorical(num_classes),
+    }[task]()
+    return BNN(hidden=(50,), activation="tanh", prior=priors.Normal(), likelihood=likelihood)
+
+
+_EVERY = ("regression", "binary", "multiclass")
+ENGINES: dict[str, Entry] = {
+    "gp": Entry("exact Gaussian process, Matern-5/2 kernel, one lengthscale an input", ("regression",), _gp),
+    "nngp": Entry("exact Gaussian process, kernel of an infinitely wide relu network", ("regression",), _nngp),
+    "hmc": Entry("Bayesian neural network of 50 tanh units, Hamiltonian Monte Carlo", _EVERY, _hmc),
+    "ensemble": Entry("five such networks trained from different starts", _EVERY, _ensemble),
+}

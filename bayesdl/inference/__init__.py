@@ -1,0 +1,1 @@
+"""Engines: one public file for each way of conditioning a model on data."""

@@ -1,0 +1,338 @@
+r"""Stationary kernels: functions of the distance between inputs that are scaled by lengthscales.
+
+    k(x, z) = h(d2),    d2 = sum_k (x_k - z_k)^2 / lengthscale_k^2
+
+The closed-form gradient needs one matrix product more than the value, and never an (n, n, d) tensor: with
+q = dL/d(d2) and u = x / lengthscale,
+
+    dL/d(lengthscale_k) = -4 / lengthscale_k  sum_i u_ik ( (q 1)_i u_ik - (q u)_ik )
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bayesdl.errors import SettingError, ShapeError, fail
+from bayesdl.hyper import HyperPrior, LogNormal, Parameter
+from bayesdl.kernels.base import (
+    Functions,
+    Kernel,
+    Lead,
+    Params,
+    Pullback,
+    align,
+    draw_normal,
+    draw_uniform,
+    get,
+    per_row,
+)
+from bayesdl.ops import profiles
+from bayesdl.ops.distance import sqdist, sqdist_centred
+
+PriorChoice = HyperPrior | Literal["default"] | None
+_Closed = tuple[Tensor, Tensor, float, Pullback, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnColumns(Kernel):
+    """What every leaf shares: the columns of x that it looks at."""
+
+    active_dims: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        dims = self.active_dims
+        if dims is None:
+            return
+        if len(dims) == 0 or len(set(dims)) != len(dims) or any(not isinstance(k, int) or k < 0 for k in dims):
+            fail(
+                SettingError,
+                type(self).__name__,
+                "active_dims must be distinct column numbers counted from 0.",
+                got=repr(dims),
+                fix="pass e.g. active_dims=(0, 2), or None for all columns",
+            )
+        object.__setattr__(self, "active_dims", tuple(dims))
+
+    def _width(self, d: int) -> int:
+        """How many of d columns are looked at."""
+        if self.active_dims is None:
+            return d
+        if max(self.active_dims) >= d:
+            fail(
+                ShapeError,
+                type(self).__name__,
+                f"active_dims {self.active_dims} need at least {max(self.active_dims) + 1} columns.",
+                got=f"d = {d}",
+                fix="pass wider inputs, or smaller column numbers",
+            )
+        return len(self.active_dims)
+
+    def _select(self, x: Tensor) -> Tensor:
+        self._width(x.shape[-1])
+        return x if self.active_dims is None else x[..., list(self.active_dims)]
+
+    def _per_column(self, name: str, value: float | tuple[float, ...], width: int) -> float | tuple[float, ...]:
+        if isinstance(value, tuple) and len(value) != width:
+            fail(
+                ShapeError,
+                type(self).__name__,
+                f"{name} must have one value for each of the {width} columns.",
+                got=f"{len(value)} values",
+                fix=f"pass {width} values, or one number for all",
+            )
+        return value
+
+
+def check_positive(where: str, name: str, value: float | tuple[float, ...] | None, per_dimension: bool) -> None:
+    """Refuse initial values that are not positive and finite, and a tuple where one number is shared."""
+    if value is None:
+        return
+    values = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf for v in values):
+        fail(
+            SettingError,
+            where,
+            f"{name} must be positive and finite, a number or a tuple of numbers.",
+            got=repr(value),
+            fix=f"pass {name}=0.5 or {name}=(0.5, 2.0)",
+        )
+    if isinstance(value, tuple) and not per_dimension:
+        fail(
+            SettingError,
+            where,
+            f"one {name} is shared by all columns when ard=False.",
+            got=repr(value),
+            fix=f"pass a single {name}, or ard=True",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stationary(_OnColumns):
+    lengthscale: float | tuple[float, ...] | None = None
+    ard: bool = True
+    lengthscale_prior: PriorChoice = "default"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(type(self).__name__, "lengthscale", self.lengthscale, self.ard)
+
+    def parameters(self, d: int) -> tuple[Parameter, ...]:
+        """`lengthscale`, per dimension unless ard=False, and what the profile adds."""
+        width = self._width(d)
+        # Hvarfner et al. (2024), arXiv 2402.02229: distances grow as sqrt(d), so typical lengthscales must as well.
+        loc = math.sqrt(2) + 0.5 * math.log(width)
+        prior = LogNormal(loc, math.sqrt(3)) if self.lengthscale_prior == "default" else self.lengthscale_prior
+        initial = math.exp(loc) if self.lengthscale is None else self.lengthscale
+        initial = self._per_column("lengthscale", initial, width)
+        return (Parameter("lengthscale", (width,) if self.ard else (), initial, prior), *self._extra_parameters())
+
+    def _covariance(self, x: Tensor, z: Tensor | None, params: Params) -> Tensor:
+        x, lengthscale = self._scaled(x, params)
+        if z is not None:
+            z = self._select(z) / lengthscale
+        return self._profile(sqdist(x, z), params)
+
+    def _variance(self, x: Tensor, params: Params) -> Tensor:
+        scaled, _ = self._scaled(x[..., :1, :], params)
+        return x.new_ones(*scaled.shape[:-2], x.shape[-2])
+
+    def value_and_pullback(self, x: Tensor, params: Params | None = None) -> tuple[Tensor, Pullback]:
+        """K and the closed-form gradient of the module's docstring."""
+        params = self._resolved(x, params)
+        with torch.no_grad():
+            u, _ = self._scaled(x, params)
+            u = u - u.mean(-2, keepdim=True)
+            value, slope, factor, extra, with_ones = self._value_and_slope(u, params)
+            lengthscale = params["lengthscale"].detach()
+
+        def pullback(p: Tensor) -> Params:
+            grads = extra(p)
+            per_column = (u * difference_sum(p.mul_(slope), u, with_ones)).sum(-2).mul_(-4.0 * factor)
+            if not self.ard:
+                per_column = per_column.sum(-1)
+            grads["lengthscale"] = reduce_to(per_column.div_(lengthscale), lengthscale.shape)
+            return grads
+
+        return value, pullback
+
+    def _scaled(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        lengthscale = per_row(get(params, "lengthscale", type(self).__name__), self.ard)
+        x = self._select(x)
+        if self.ard and lengthscale.shape[-1] != x.shape[-1]:
+            fail(
+                ShapeError,
+                type(self).__name__,
+                f"lengthscale must have shape (*b, {x.shape[-1]}), one for each column of x.",
+                got=str(tuple(params["lengthscale"].shape)),
+                fix="take shapes from kernel.parameters(d), or pass ard=False for one lengthscale",
+            )
+        return x / lengthscale, lengthscale
+
+    def _features(self, lead: Lead, num_features: int, d: int, params: Params, generator: torch.Generator) -> Functions:
+        """sqrt(2) cos(omega . u + phase), with omega from the spectral density of the profile (Bochner)."""
+        # Features come in pairs a quarter period apart: each is unbiased, and together they give k(x, x) = 1 exactly.
+        half = (num_features + 1) // 2
+        omega = self._frequencies((*lead, half), self._width(d), params, generator)
+        phase = 2 * math.pi * draw_uniform((*lead, 1, half), params, generator)
+        omega = torch.cat([omega, omega], -2)[..., :num_features, :]
+        phase = torch.cat([phase, phase + math.pi / 2], -1)[..., :num_features]
+
+        def evaluate(x: Tensor) -> Tensor:
+            u, _ = self._scaled(x, params)
+            return math.sqrt(2) * (u @ align(omega, 2, u).mT + align(phase, 2, u)).cos()
+
+        return evaluate
+
+    def _extra_parameters(self) -> tuple[Parameter, ...]:
+        """Hyper-parameters of the profile besides the lengthscale: none, unless a kernel says otherwise."""
+        return ()
+
+    @abc.abstractmethod
+    def _profile(self, d2: Tensor, params: Params) -> Tensor:
+        """h(d2), differentiable."""
+
+    @abc.abstractmethod
+    def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
+        """K, a tensor g and a number c with h'(d2) = c g, the pullback onto the other parameters, and (u, 1)."""
+
+    @abc.abstractmethod
+    def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
+        """Draws from the spectral density at unit lengthscale, shape (*shape, width)."""
+
+
+def difference_sum(q: Tensor, u: Tensor, with_ones: Tensor) -> Tensor:
+    """sum_j q_ij (u_i - u_j), shape (*b n k), given (u, 1): the part of a distance's gradient that both sides share."""
+    product = q @ with_ones
+    return torch.addcmul(product[..., :-1], u, product[..., -1:], value=-1.0).neg_()
+
+
+def reduce_to(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient summed over the axes along which its parameter was broadcast."""
+    return grad if grad.shape == shape else grad.sum_to_size(shape)
+
+
+def _no_extra(p: Tensor) -> Params:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RBF(_Stationary):
+    """exp(-d2 / 2): infinitely smooth functions (squared exponential, Gaussian kernel).
+
+    Attributes:
+        lengthscale: Initial value, one number or one per column; None for exp(sqrt 2) sqrt(d).
+        ard: One lengthscale per column (True) or one for all.
+        active_dims: Columns of x that the kernel looks at; None for all.
+        lengthscale_prior: A prior, None for a flat one, or "default": LogNormal(sqrt 2 + log(d) / 2, sqrt 3).
+
+    Reference of the default: Hvarfner, Hellsten, Nardi (2024), arXiv 2402.02229.
+    """
+
+    def _profile(self, d2: Tensor, params: Params) -> Tensor:
+        return profiles.rbf(d2)
+
+    def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
+        d2, with_ones = sqdist_centred(u)
+        value = profiles.rbf_inplace(d2)
+        return value, value, -0.5, _no_extra, with_ones
+
+    def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
+        return draw_normal((*shape, width), params, generator)
+
+
+@dataclass(frozen=True)
+class Matern(_Stationary):
+    """Matern kernel: functions that are nu - 1/2 times differentiable.
+
+    With r = sqrt(2 nu d2):  exp(-r),  (1 + r) exp(-r)  and  (1 + r + r^2 / 3) exp(-r)  for nu = 0.5, 1.5 and 2.5.
+    The kink of nu = 0.5 at coincident points counts as slope 0.
+
+    Attributes:
+        nu: Smoothness, 0.5, 1.5 or 2.5.
+        lengthscale: Initial value, one number or one per column; None for exp(sqrt 2) sqrt(d).
+        ard: One lengthscale per column (True) or one for all.
+        active_dims: Columns of x that the kernel looks at; None for all.
+        lengthscale_prior: A prior, None for a flat one, or "default": LogNormal(sqrt 2 + log(d) / 2, sqrt 3).
+    """
+
+    nu: float = 2.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nu not in (0.5, 1.5, 2.5):
+            fail(
+                SettingError,
+                "Matern",
+                "nu must be 0.5, 1.5 or 2.5.",
+                got=repr(self.nu),
+                fix="pass nu=2.5, or RBF() for the limit of large nu",
+            )
+
+    def _profile(self, d2: Tensor, params: Params) -> Tensor:
+        return profiles.matern(d2, self.nu)
+
+    def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
+        d2, with_ones = sqdist_centred(u)
+        if self.nu == 0.5:
+            # Its square root magnifies rounding at coincident rows, so there the distance must be exactly 0.
+            d2 = sqdist(u)
+        value, slope = profiles.matern_inplace(d2, self.nu)
+        return value, slope, profiles.matern_slope_factor(self.nu), _no_extra, with_ones
+
+    def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
+        # The spectral density is a multivariate t with 2 nu degrees of freedom: normal over sqrt(chi2 / dof).
+        normal = draw_normal((*shape, width), params, generator)
+        chi2 = draw_normal((*shape, round(2 * self.nu)), params, generator).square().sum(-1, keepdim=True)
+        return normal / (chi2 / (2 * self.nu)).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RationalQuadratic(_Stationary):
+    """(1 + d2 / (2 alpha))^(-alpha): a mixture of RBF kernels over many lengthscales.
+
+    Attributes:
+        alpha: Initial shape parameter, learned; large values recover the RBF.
+        alpha_prior: Prior on alpha, None for a flat one; "default" is LogNormal(1, 1), whose mode is 1.
+        lengthscale: Initial value, one number or one per column; None for exp(sqrt 2) sqrt(d).
+        ard: One lengthscale per column (True) or one for all.
+        active_dims: Columns of x that the kernel looks at; None for all.
+        lengthscale_prior: A prior, None for a flat one, or "default": LogNormal(sqrt 2 + log(d) / 2, sqrt 3).
+    """
+
+    alpha: float = 1.0
+    alpha_prior: PriorChoice = "default"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("RationalQuadratic", "alpha", self.alpha, False)
+
+    def _extra_parameters(self) -> tuple[Parameter, ...]:
+        prior = LogNormal(1.0, 1.0) if self.alpha_prior == "default" else self.alpha_prior
+        return (Parameter("alpha", (), self.alpha, prior),)
+
+    def _profile(self, d2: Tensor, params: Params) -> Tensor:
+        return profiles.rational_quadratic(d2, get(params, "alpha", "RationalQuadratic")[..., None, None])
+
+    def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
+        alpha = get(params, "alpha", "RationalQuadratic").detach()[..., None, None]
+        batch = torch.broadcast_shapes(u.shape[:-2], alpha.shape[:-2])
+        d2, with_ones = sqdist_centred(u.expand(*batch, *u.shape[-2:]))
+        value, t = profiles.rational_quadratic_inplace(d2, alpha)
+
+        def alpha_gradient(p: Tensor) -> Params:
+            slope = value * ((t - 1) / t - t.log())
+            return {"alpha": reduce_to((p * slope).sum((-2, -1)), params["alpha"].shape)}
+
+        return value, value / t, -0.5, alpha_gradient, with_ones
+
+    def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
+        # The mixture over precisions: gamma with shape alpha and mean 1, then normal frequencies.
+        alpha = params["alpha"][..., None].expand(shape).to(generator.device)
+        precision = torch._standard_gamma(alpha.contiguous(), generator=generator) / alpha
+        return precision.sqrt().unsqueeze(-1) * draw_normal((*shape, width), params, generator)

@@ -1,0 +1,7 @@
+"""Models: a prior over functions and a likelihood, knowing nothing of data or inference."""
+
+from bayesdl.models.bnn import BNN, WeightSpace
+from bayesdl.models.gp import GP, Layout
+from bayesdl.models.log_density import LogDensity
+
+__all__ = ["BNN", "GP", "Layout", "LogDensity", "WeightSpace"]

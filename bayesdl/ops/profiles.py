@@ -1,0 +1,99 @@
+r"""Stationary covariance profiles: functions of squared scaled distance d2, with their slopes dk / d(d2).
+
+Working in d2 instead of the distance removes every 0/0 at coincident points, except for Matern-1/2, which has a kink
+there and whose slope at 0 is set to 0. Two forms of each:
+
+- `rbf`, `matern`, `rational_quadratic`: out of place, differentiable to any order;
+- `*_inplace`: value and slope without a graph, which overwrite their argument, for closed-form gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rbf(d2: Tensor) -> Tensor:
+    """exp(-d2 / 2)."""
+    return (-0.5 * d2).exp()
+
+
+def matern(d2: Tensor, nu: float) -> Tensor:
+    r"""Matern profile of smoothness nu in {0.5, 1.5, 2.5}; with r = sqrt(2 nu d2),
+
+    nu = 0.5: exp(-r);    nu = 1.5: (1 + r) exp(-r);    nu = 2.5: (1 + r + r^2 / 3) exp(-r).
+    """
+    return _Matern.apply(2.0 * nu * d2, round(nu - 0.5))
+
+
+def rational_quadratic(d2: Tensor, alpha: Tensor) -> Tensor:
+    """(1 + d2 / (2 alpha))^(-alpha); `alpha` must broadcast against `d2`."""
+    return (-alpha * torch.log1p(0.5 * d2 / alpha)).exp()
+
+
+class _Matern(torch.autograd.Function):
+    """h_p(u) in u = r^2. The derivatives close on themselves: h_2' = -h_1 / 6, h_1' = -h_0 / 2, h_0' = -h_0 / (2 r)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, order: int) -> Tensor:
+        r = u.sqrt()
+        decay = (-r).exp()
+        if order == 0:
+            return decay
+        return decay * (1.0 + r) if order == 1 else decay * (1.0 + r + u / 3.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        u, ctx.order = inputs
+        ctx.save_for_backward(u)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (u,) = ctx.saved_tensors
+        if ctx.order == 2:
+            slope = _Matern.apply(u, 1) / -6.0
+        elif ctx.order == 1:
+            slope = _Matern.apply(u, 0) / -2.0
+        else:
+            away = u > 0
+            r = torch.where(away, u, torch.ones_like(u)).sqrt()
+            slope = torch.where(away, -0.5 * (-r).exp() / r, torch.zeros_like(u))
+        return grads[0] * slope, None
+
+
+def rbf_inplace(d2: Tensor) -> Tensor:
+    """Value; the slope is -1/2 of it. `d2` is consumed."""
+    return d2.mul_(-0.5).exp_()
+
+
+def matern_inplace(d2: Tensor, nu: float) -> tuple[Tensor, Tensor]:
+    """Value, and a tensor whose multiple by `matern_slope_factor(nu)` is the slope; `d2` is consumed."""
+    r = d2.mul_(2.0 * nu).sqrt_()
+    decay = torch.neg(r).exp_()
+    if nu == 0.5:
+        slope = decay / r
+        slope.masked_fill_(r == 0, 0.0)
+        return decay, slope
+    if nu == 1.5:
+        return r.add_(1.0).mul_(decay), decay
+    slope = torch.addcmul(decay, decay, r)
+    # 1 + r + r^2 / 3 = (1 + r) + r^2 / 3, and (1 + r) exp(-r) is the slope's shape.
+    value = torch.addcmul(slope, r.mul_(r), decay, value=1.0 / 3.0, out=r)
+    return value, slope
+
+
+def matern_slope_factor(nu: float) -> float:
+    """What the second result of `matern_inplace` must be multiplied by to be dk / d(d2)."""
+    return {0.5: -0.5, 1.5: -1.5, 2.5: -5.0 / 6.0}[nu]
+
+
+def rational_quadratic_inplace(d2: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Value, and t = 1 + d2 / (2 alpha); the slope is -value / (2 t); `d2` is consumed."""
+    t = d2.div_(2.0 * alpha).add_(1.0)
+    return t.log().mul_(-alpha).exp_(), t
+
+

@@ -1,0 +1,141 @@
+"""A posterior held as a finite set of networks: draws of a sampler, or the members of an ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from bayesdl._random import Seed
+from bayesdl.data import TrainingData, Units
+from bayesdl.distributions import Bernoulli, Categorical, Empirical, GaussianMixture
+from bayesdl.posterior.base import Functions, Posterior, member_indices
+
+_CHUNK = 2**24  # function values evaluated at once: 128 MB in float64 for each layer
+
+
+@final
+class DrawsPosterior(Posterior):
+    """Equally weighted draws q (*b, chains, draws, D) of a network's coordinates.
+
+    The predictive of y is the average over draws of p(y | f): a Gaussian mixture, or averaged class probabilities.
+    Cost: O(S s num_weights) time for S draws at s points; chunks of draws bound the memory.
+    """
+
+    form: ClassVar[str] = "draws"
+
+    def __init__(
+        self,
+        model: Any,
+        data: TrainingData,
+        units: Units,
+        diagnostics: Mapping[str, Any],
+        log_evidence: Tensor | None = None,
+        *,
+        draws: Tensor,
+        stats: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(model, data, units, diagnostics, log_evidence)
+        self._draws = draws
+        self._stats = dict(stats or {})
+        self._space = model.weight_space(data.x.shape[-1], data.y.shape[-1])
+
+    @property
+    def draws(self) -> Tensor:
+        """Coordinates of every network, (*b, chains, draws, D): standardised weights, then logs of positive parameters."""
+        return self._draws.clone()
+
+    def predict(self, x: Any, *, noise: bool = True) -> Distribution:
+        """Mixture over the draws; see `Posterior.predict`. With noise=False the draws of f themselves (of logits, for
+        classification), as an `Empirical` distribution, which has no density."""
+        x = self._inputs("predict", x)
+        members = self._members()
+        f = self._latent(members, x).movedim(-3, -1)  # (..., s, outputs, S)
+        if not noise:
+            return Empirical(self._squeeze_members(self._outward(f)))
+        task = self._space.likelihood.task
+        if task == "binary":
+            return Bernoulli(probs=self._squeeze(torch.sigmoid(f).mean(-1)), validate_args=False)
+        if task == "multiclass":
+            return Categorical(probs=torch.softmax(f, -2).mean(-1).to(self._data.x.dtype), validate_args=False)
+        variance = self._space.split(members)[1]["noise_variance"].movedim(-2, -1).unsqueeze(-3)  # (*b, 1, k, S)
+        scale = self._units.outward_scale(variance.sqrt().movedim(-1, -3)).movedim(-3, -1)
+        loc = self._squeeze_members(self._outward(f))
+        return GaussianMixture(loc, self._squeeze_members(scale).to(loc).expand_as(loc), validate_args=False)
+
+    def sample(self, x: Any, sample_shape: tuple[int, ...] = (), *, seed: Seed = 0) -> Tensor:
+        """The functions of randomly chosen members at x; see `Posterior.sample`. Distinct members while there are enough."""
+        num = torch.Size(sample_shape).numel()
+        values = self.functions(num, seed=seed)(self._inputs("sample", x))
+        return values.reshape(*sample_shape, *values.shape[1:])
+
+    def functions(self, num: int, *, seed: Seed = 0) -> Functions:
+        """Randomly chosen members as functions; see `Posterior.functions`."""
+        members = self._members()
+        chosen = members.index_select(-2, member_indices(members.shape[-2], num, seed).to(members.device))
+
+        def draw(x: Any) -> Tensor:
+            f = self._latent(chosen, self._inputs("functions", x)).movedim(-3, -1)
+            return self._squeeze_members(self._outward(f)).movedim(-1, 0)
+
+        return draw
+
+    def _members(self) -> Tensor:
+        return self._draws.flatten(-3, -2)
+
+    def _latent(self, members: Tensor, x: Tensor) -> Tensor:
+        """f in the model's units, (..., S, s, outputs)."""
+        inner = self._units.inward_x(x, members.dtype)
+        step = max(1, _CHUNK // max(1, inner.shape[:-1].numel() * self._widest()))
+        return torch.cat([self._space.forward(part, inner) for part in members.split(step, -2)], -3)
+
+    def _widest(self) -> int:
+        return max(1, self._space.network.num_weights // max(1, self._data.x.shape[-1]))
+
+    def _outward(self, f: Tensor) -> Tensor:
+        """(..., s, outputs, S) in the user's units; logits stay as they are."""
+        if self._space.likelihood.task != "regression":
+            return f
+        return self._units.outward(f.movedim(-1, -3).movedim(-3, 0)).movedim(0, -1)
+
+    def _squeeze_members(self, f: Tensor) -> Tensor:
+        """Drop the output axis of (..., s, outputs, S) where y came without one and there is one function."""
+        f = f.to(self._data.x.dtype)
+        return f.squeeze(-2) if not self._data.has_outputs and f.shape[-2] == 1 else f
+
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"draws": self._draws, **{f"stats.{name}": v for name, v in self._stats.items()}}, {}
+
+    @classmethod
+    def _from_parts(cls, shared: dict[str, Any], record: dict[str, Any], tensors: dict[str, Tensor]) -> DrawsPosterior:
+        stats = {name.removeprefix("stats."): v for name, v in tensors.items() if name.startswith("stats.")}
+        return cls(**shared, draws=tensors["draws"], stats=stats)
+
+    def _arviz_groups(self) -> dict[str, Any]:
+        chains, draws = self._draws.shape[-3:-1]
+        members = self._members()
+        f = self._latent(members, self._data.x)
+        _, params, _ = self._space.split(members)
+        inner_y = self._units.inward_y(self._data.y, f.dtype) if self._space.likelihood.task == "regression" else self._data.y
+        pointwise = torch.stack(
+            [
+                self._space.likelihood.log_prob(f[..., i : i + 1, :], inner_y.unsqueeze(-3)[..., i : i + 1, :], params)
+                for i in range(f.shape[-2])
+            ],
+            -1,
+        )
+        if self._space.likelihood.task == "regression":
+            pointwise = pointwise - self._units.y_scale.log().sum((-2, -1)).unsqueeze(-1).unsqueeze(-1).to(pointwise)
+        values = self._squeeze_members(self._outward(f.movedim(-3, -1))).movedim(-1, 0)
+        posterior = {"f": values.reshape(chains, draws, *values.shape[1:])}
+        posterior |= {name: v.reshape(chains, draws, *v.shape[1:]) for name, v in params.items() if not self._data.batch_shape}
+        y = self._data.y if self._data.has_outputs else self._data.y.squeeze(-1)
+        log_likelihood = pointwise.movedim(-2, 0)
+        log_likelihood = log_likelihood.reshape(chains, draws, *log_likelihood.shape[1:])
+        groups = {"posterior": posterior, "observed_data": {"y": y}, "log_likelihood": {"y": log_likelihood}}
+        if self._stats and not self._data.batch_shape:
+            groups["sample_stats"] = self._stats
+        return groups

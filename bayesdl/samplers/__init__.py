@@ -1,0 +1,8 @@
+"""Markov chain Monte Carlo on a log density: pure `init` and `step`, vectorised over chains, and a `run` around them."""
+
+from __future__ import annotations
+
+from bayesdl.samplers import hmc
+from bayesdl.samplers.base import LogDensityFn, Run, summarize
+
+__all__ = ["LogDensityFn", "Run", "hmc", "summarize"]

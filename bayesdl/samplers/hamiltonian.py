@@ -1,0 +1,94 @@
+r"""Hamiltonian dynamics with a Gaussian momentum: the metric and the leapfrog integrator.
+
+With U(q) = -log density, p ~ N(0, M) and H = U(q) + p' M^{-1} p / 2, one leapfrog step of size eps is
+
+    p <- p - eps/2 grad U(q);   q <- q + eps M^{-1} p;   p <- p - eps/2 grad U(q).
+
+It is reversible, preserves volume, and its energy error is of order eps^2.
+
+Reference: Neal (2011), MCMC using Hamiltonian dynamics, arXiv 1206.1901.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesdl.samplers.base import ValueAndGrad
+
+
+class Metric(NamedTuple):
+    """An inverse mass matrix and its root, shared by the chains of a group.
+
+    Attributes:
+        inverse_mass: M^{-1}, an estimate of the covariance of the target: (*g, D) its diagonal, or (*g, D, D) dense.
+        root: Its elementwise square root, or its lower Cholesky factor.
+        dense: Which of the two.
+    """
+
+    inverse_mass: Tensor
+    root: Tensor
+    dense: bool
+
+    def momentum(self, noise: Tensor) -> Tensor:
+        """Momenta p ~ N(0, M), shape (*g, C, D), from standard normal noise that broadcasts to (*g, C, D)."""
+        if not self.dense:
+            return noise / self.root.unsqueeze(-2)
+        # With M^{-1} = L L', the momentum L^{-T} z has covariance (L L')^{-1} = M. As rows: solve p L' ... = z' L^{-1}.
+        noise = noise.expand(*self.root.shape[:-2], *noise.shape[-2:])
+        return torch.linalg.solve_triangular(self.root, noise, upper=False, left=False)
+
+    def velocity(self, p: Tensor) -> Tensor:
+        """M^{-1} p, shape (*g, C, D)."""
+        return p @ self.inverse_mass if self.dense else p * self.inverse_mass.unsqueeze(-2)
+
+    def kinetic_energy(self, p: Tensor) -> Tensor:
+        """p' M^{-1} p / 2, shape (*g, C), summed in float64."""
+        return 0.5 * (p * self.velocity(p)).sum(-1, dtype=torch.float64)
+
+
+def diagonal_metric(inverse_mass: Tensor) -> Metric:
+    """The metric of a diagonal inverse mass matrix with positive entries (*g, D)."""
+    return Metric(inverse_mass, inverse_mass.sqrt(), dense=False)
+
+
+def dense_metric(inverse_mass: Tensor) -> Metric:
+    """The metric of a symmetric positive definite inverse mass matrix (*g, D, D). Cost: O(D^3) a group."""
+    return Metric(inverse_mass, torch.linalg.cholesky(inverse_mass), dense=True)
+
+
+def energy(log_density: Tensor, p: Tensor, metric: Metric) -> Tensor:
+    """H = U + kinetic energy, shape (*g, C), in float64 whatever the dtype of the positions."""
+    return metric.kinetic_energy(p) - log_density.double()
+
+
+def leapfrog(
+    evaluate: ValueAndGrad, q: Tensor, p: Tensor, grad: Tensor, step_size: Tensor, metric: Metric, num_steps: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`num_steps` leapfrog steps, the half steps of the momentum between them merged: one gradient a step.
+
+    Args:
+        evaluate: Gives the log density (*g, C) and its gradient (*g, C, D).
+        q: Positions, (*g, C, D).
+        p: Momenta, (*g, C, D).
+        grad: Gradient of the log density at q, (*g, C, D).
+        step_size: (*g, 1) for a step that the chains share, (*g, C) for one each.
+        metric: Inverse mass matrix.
+        num_steps: At least 1, the same for all chains.
+
+    Returns:
+        Positions, momenta, log density and gradient at the end.
+
+    Cost: num_steps gradients and O(C D) a step besides, O(C D^2) with a dense metric.
+    """
+    full = step_size.unsqueeze(-1)
+    scaled = full if metric.dense else full * metric.inverse_mass.unsqueeze(-2)
+    log_density = grad
+    p = torch.addcmul(p, full, grad, value=0.5)
+    for i in range(num_steps):
+        q = torch.addcmul(q, p @ metric.inverse_mass if metric.dense else p, scaled)
+        log_density, grad = evaluate(q)
+        p = torch.addcmul(p, full, grad, value=1.0 if i < num_steps - 1 else 0.5)
+    return q, p, log_density, grad
