@@ -20,11 +20,11 @@ def encode(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, tuple):
-        return {"tuple": [encode(item) for item in value]}
+        return {"$tuple": [encode(item) for item in value]}
     if isinstance(value, list):
         return [encode(item) for item in value]
     if isinstance(value, nn.Module):
-        return {"module": repr(value)}
+        return {"$module": repr(value)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         room = type(value).__module__.split(".")[1]
@@ -41,12 +41,12 @@ def decode(value: Any, resolve: Callable[[str], type], module: nn.Module | None 
         return [decode(item, resolve, module) for item in value]
     if not isinstance(value, dict):
         return value
-    if "tuple" in value:
-        return tuple(decode(item, resolve, module) for item in value["tuple"])
-    if "module" in value:
+    if "$tuple" in value:
+        return tuple(decode(item, resolve, module) for item in value["$tuple"])
+    if "$module" in value:
         if module is None:
             wanted = "this posterior is of your own network, whose code is not in the file."
-            fail(StorageError, "bdl.load", wanted, got=value["module"][:200], fix="bdl.load(path, module=network)")
+            fail(StorageError, "bdl.load", wanted, got=value["$module"][:200], fix="bdl.load(path, module=network)")
         return module
     kind = resolve(str(value.get("kind")))
     fields = {name: decode(item, resolve, module) for name, item in value.items() if name != "kind"}

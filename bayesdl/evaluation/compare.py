@@ -43,9 +43,9 @@ def compare(
     """Score posteriors on the same test points; one row a posterior, in the order given.
 
     Regression columns: RMSE, NLPD, CRPS, coverage 50%, coverage 90%, coverage 95%, PIT error (PCE_1), and with a
-    reference the mean 2-Wasserstein distance of the predictives in the units of y. Classification: accuracy, NLL, Brier,
-    ECE, and with a reference the mean total variation distance. Last, the seconds that fitting took (NaN where unknown).
-    Scores of several outputs or data sets are averaged. NLPD is NaN where a predictive has no density.
+    reference the mean 2-Wasserstein distance of the predictives in the units of y. Classification: accuracy, NLL,
+    Brier, ECE, and with a reference the mean total variation distance. Last, the seconds that fitting took (NaN where
+    unknown). Scores of several outputs or data sets are averaged. NLPD is NaN where a predictive has no density.
 
     Args:
         posteriors: Name -> fitted posterior; anything with `predict(x)` and `diagnostics`.

@@ -37,17 +37,17 @@ def colours(engines: Sequence[str]) -> dict[str, str]:
     return {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(engines)}
 
 
-def intervals(rows: Mapping[str, Row], target_name: str) -> bytes:
+def intervals(rows: Mapping[str, Row], palette: Mapping[str, str], target_name: str) -> bytes:
     """One panel an engine: test points in the order of its prediction, with central 50% and 90% intervals."""
     figure, axes = _panels(len(rows), width=4.6, height=3.1)
     top = max(float(torch.max(r.arrays["y"].max(), r.arrays["quantiles"][-1].max())) for r in rows.values())
     low = min(float(torch.min(r.arrays["y"].min(), r.arrays["quantiles"][0].min())) for r in rows.values())
     for ax, (name, row) in zip(axes, rows.items(), strict=True):
-        mean, y, quantiles = (row.arrays[k].reshape(*head, -1) for k, head in _REGRESSION_ARRAYS)
+        mean, y, quantiles = row.arrays["mean"].flatten(), row.arrays["y"].flatten(), row.arrays["quantiles"].flatten(1)
         order = mean.argsort()
         if len(order) > _MOST_POINTS:
             order = order[torch.linspace(0, len(order) - 1, _MOST_POINTS).round().long()]
-        colour, at = colours(list(rows))[name], np.arange(len(order))
+        colour, at = palette[name], np.arange(len(order))
         q = quantiles[:, order].numpy()
         ax.fill_between(at, q[0], q[4], color=colour, alpha=0.18, linewidth=0, label="90% interval")
         ax.fill_between(at, q[1], q[3], color=colour, alpha=0.40, linewidth=0, label="50% interval")
@@ -59,12 +59,12 @@ def intervals(rows: Mapping[str, Row], target_name: str) -> bytes:
         ax.set_title(name, color=_INK, fontsize=11, loc="left", fontweight="bold")
         ax.set_ylim(low - 0.03 * (top - low), top + 0.03 * (top - low))
         ax.set_xlabel("test points, by prediction")
-    axes[0].set_ylabel(target_name)
+    _label_left(axes, target_name)
     _legend_below(figure, axes[0])
     return _png(figure)
 
 
-def calibration(pits: Mapping[str, Tensor]) -> bytes:
+def calibration(pits: Mapping[str, Tensor], palette: Mapping[str, str]) -> bytes:
     """Observed against stated probability, all engines, with the band in which a calibrated model stays."""
     figure, (ax,) = _panels(1, width=5.6, height=4.9)
     levels = np.linspace(0.005, 0.995, 199)
@@ -75,7 +75,7 @@ def calibration(pits: Mapping[str, Tensor]) -> bytes:
     for i, (name, values) in enumerate(pits.items()):
         observed = calibration_curve(values, torch.as_tensor(levels))
         dashes = _DASHES[i % len(_DASHES)]
-        ax.plot(levels, observed, dashes, color=colours(list(pits))[name], linewidth=1.8, label=name)
+        ax.plot(levels, observed, dashes, color=palette[name], linewidth=1.8, label=name)
     ax.set_xlabel("stated probability that y lies below")
     ax.set_ylabel("how often it did")
     ax.set_aspect("equal")
@@ -85,11 +85,11 @@ def calibration(pits: Mapping[str, Tensor]) -> bytes:
     return _png(figure)
 
 
-def pit_histograms(pits: Mapping[str, Tensor]) -> bytes:
+def pit_histograms(pits: Mapping[str, Tensor], palette: Mapping[str, str]) -> bytes:
     """One panel an engine: the density of PIT values with the band of a calibrated model."""
     from scipy.stats import binom
 
-    figure, axes = _panels(len(pits), width=3.4, height=2.6)
+    figure, axes = _panels(len(pits), width=2.6, height=2.3)
     for ax, (name, values) in zip(axes, pits.items(), strict=True):
         n = len(values)
         bins = int(min(20, max(5, n // 10)))
@@ -102,7 +102,7 @@ def pit_histograms(pits: Mapping[str, Tensor]) -> bytes:
             counts * bins / n,
             width=1 / bins,
             align="edge",
-            color=colours(list(pits))[name],
+            color=palette[name],
             alpha=0.8,
             edgecolor="white",
             linewidth=0.6,
@@ -110,11 +110,11 @@ def pit_histograms(pits: Mapping[str, Tensor]) -> bytes:
         ax.set_title(name, color=_INK, fontsize=11, loc="left", fontweight="bold")
         ax.set_xlim(0, 1)
         ax.set_xlabel("PIT value F(y)")
-    axes[0].set_ylabel("density")
+    _label_left(axes, "density")
     return _png(figure)
 
 
-def reliability(rows: Mapping[str, Sequence[Row]], num_bins: int = 10) -> bytes:
+def reliability(rows: Mapping[str, Sequence[Row]], palette: Mapping[str, str], num_bins: int = 10) -> bytes:
     """One column an engine: accuracy against confidence above, the histogram of confidence below."""
     from matplotlib.figure import Figure
 
@@ -122,7 +122,7 @@ def reliability(rows: Mapping[str, Sequence[Row]], num_bins: int = 10) -> bytes:
     grid = figure.subplots(2, len(rows), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [2.4, 1]})
     edges = np.linspace(0, 1, num_bins + 1)
     for j, (name, found) in enumerate(rows.items()):
-        upper, lower, colour = grid[0, j], grid[1, j], colours(list(rows))[name]
+        upper, lower, colour = grid[0, j], grid[1, j], palette[name]
         probs, y = (
             torch.cat([row.arrays[key].flatten(0, -d) for row in found]) for key, d in (("profile", 2), ("y", 1))
         )
@@ -161,7 +161,7 @@ def reliability(rows: Mapping[str, Sequence[Row]], num_bins: int = 10) -> bytes:
     return _png(figure)
 
 
-def convergence(rows: Mapping[str, Row]) -> bytes | None:
+def convergence(rows: Mapping[str, Row], palette: Mapping[str, str]) -> bytes | None:
     """One panel an engine and traced quantity, one line a chain, member or start; None where nothing was traced."""
     traces = [
         (name, quantity, _as_lines(lines))
@@ -173,22 +173,26 @@ def convergence(rows: Mapping[str, Row]) -> bytes | None:
         return None
     figure, axes = _panels(len(traces), width=4.6, height=2.7)
     for ax, (name, quantity, lines) in zip(axes, traces, strict=True):
-        for i, line in enumerate(lines):
-            colour = colours(list(rows))[name]
-            ax.plot(line, color=colour, alpha=1.0 if i == 0 else max(0.35, 0.85 - 0.15 * i), linewidth=0.9)
+        for line, shade in zip(lines, _shades(palette[name], len(lines)), strict=True):
+            ax.plot(np.linspace(0, 100, len(line)), line, color=shade, alpha=0.8, linewidth=0.8)
         ax.set_title(f"{name}: {quantity.replace('_', ' ')}", color=_INK, fontsize=11, loc="left", fontweight="bold")
-        ax.set_xlabel("step" if name == "ensemble" or quantity == "loss" else "iteration")
+        ax.set_xlabel("% of the run")
         _zoom(ax, lines)
     return _png(figure)
-
-
-_REGRESSION_ARRAYS = (("mean", ()), ("y", ()), ("quantiles", (5,)))
 
 
 def _as_lines(lines: Any) -> list[list[float]]:
     """One list of numbers, or a list of such lists, as the latter; None (a value that was not finite) becomes NaN."""
     nested = lines if lines and isinstance(lines[0], (list, tuple)) else [lines]
     return [[math.nan if v is None else float(v) for v in line] for line in nested]
+
+
+def _shades(colour: str, num: int) -> list[tuple[float, ...]]:
+    """`num` shades of a colour, from darker to lighter."""
+    from matplotlib.colors import to_rgb
+
+    base, shares = np.asarray(to_rgb(colour)), np.linspace(-0.45, 0.45, num) if num > 1 else [0.0]
+    return [tuple(base * (1 + s) if s < 0 else base + (1 - base) * s) for s in shares]
 
 
 def _zoom(ax: Axes, lines: list[list[float]]) -> None:
@@ -204,8 +208,8 @@ def _zoom(ax: Axes, lines: list[list[float]]) -> None:
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    columns = min(count, max(1, int(10.5 // width)))
-    rows = -(-count // columns)
+    rows = math.ceil(count / max(1, int(10.5 // width)))
+    columns = math.ceil(count / rows)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = [ax for line in figure.subplots(rows, columns, squeeze=False) for ax in line]
     for ax in axes[count:]:
@@ -213,6 +217,12 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
     for ax in axes[:count]:
         _style(ax)
     return figure, axes[:count]
+
+
+def _label_left(axes: Sequence[Axes], text: str) -> None:
+    for ax in axes:
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel(text)
 
 
 def _style(ax: Axes) -> None:

@@ -34,7 +34,7 @@ from bayesdl.evaluation.compare import DISTANCE, SECONDS, Evaluation, distance, 
 __all__ = ["QUANTILES", "Problem", "Row", "run"]
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_TRACE_POINTS = 400
+_TRACE_POINTS = 500
 
 
 class Problem(NamedTuple):
@@ -94,22 +94,25 @@ def run(
         seed: Seed of the first split.
         reference: The engine that the others are measured against.
         fresh: Fit again what is there already.
-        progress: Show a bar of the jobs on stderr, and each engine's own where stderr is a terminal.
+        progress: Tell on stderr what is going on: bars on a terminal, lines elsewhere.
     """
     from tqdm import tqdm
 
-    rows = []
-    bar = tqdm(total=len(problem.test) * len(engines), file=sys.stderr, disable=not progress, unit="fit", leave=False)
-    with bar:
-        for split in range(1, len(problem.test) + 1):
+    rows, num_splits = [], len(problem.test)
+    show = progress and sys.stderr.isatty()  # a bar in a log file is noise; there, a line before and after each fit
+    with tqdm(total=num_splits * len(engines), file=sys.stderr, disable=not show, unit="fit", leave=False) as bar:
+        for split in range(1, num_splits + 1):
             for name, engine in engines.items():
-                bar.set_description(f"{name}, split {split} of {len(problem.test)}")
+                bar.set_description(f"{name}, split {split} of {num_splits}")
                 job = _Job(problem, name, engine, split, seed + split - 1, out)
-                row = job.load() if not fresh else None
-                row = row if row is not None else job.fit(progress and sys.stderr.isatty())
+                row = None if fresh else job.load()
+                if row is None:
+                    if progress and not show:
+                        print(f"{_title(name, split, num_splits)}: fitting", file=sys.stderr, flush=True)
+                    row = job.fit(show)
                 rows.append(row)
                 if progress:
-                    tqdm.write(_line(row, len(problem.test)), file=sys.stderr)
+                    tqdm.write(_line(row, num_splits), file=sys.stderr)
                 bar.update(1)
     return [_with_distance(row, rows, reference, problem.task) for row in rows]
 
@@ -226,12 +229,16 @@ def _with_distance(row: Row, rows: list[Row], reference: str | None, task: str) 
 
 
 def _line(row: Row, num_splits: int) -> str:
-    where = f" split {row.split}/{num_splits}" if num_splits > 1 else ""
+    title = _title(row.engine, row.split, num_splits)
     if row.status == "failed":
-        return f"{row.engine}{where}: failed\n  " + row.error.replace("\n", "\n  ")
+        return f"{title}: failed\n  " + row.error.replace("\n", "\n  ")
     seconds = f"{row.scores[SECONDS]:.1f} s"
     done = f"reused (fitted before in {seconds})" if row.status == "reused" else f"fitted in {seconds}"
-    return "\n".join([f"{row.engine}{where}: {done}", *(f"  {text}" for text in row.warnings)])
+    return "\n".join([f"{title}: {done}", *(f"  {text}" for text in row.warnings)])
+
+
+def _title(engine: str, split: int, num_splits: int) -> str:
+    return f"{engine}, split {split} of {num_splits}" if num_splits > 1 else engine
 
 
 def _can_show(engine: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The engines that the command line knows by name, with settings that suit a table of a few hundred to thousand rows."""
+"""The engines that the command line knows by name, with settings for tables of hundreds to thousands of rows."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bayesdl.evaluation.compare import DISTANCE, SECONDS
+from bayesdl.evaluation.compare import DISTANCE
 from bayesdl.evaluation.runner import Row
 
 __all__ = ["Cell", "Table", "csv_text", "summarize", "text"]
@@ -48,10 +48,10 @@ def summarize(rows: Sequence[Row], reference: str | None = None) -> Table:
     for engine in engines:
         for column in columns:
             values = [row.scores[column] for row in rows if row.engine == engine and column in row.scores]
-            if values:
+            if values and not (column == DISTANCE and engine == reference):  # 0 by definition
                 cells[engine][column] = Cell(*_mean_and_error(values))
     for column in columns:
-        _mark_best(cells, column, reference)
+        _mark_best(cells, column)
     failures = {e: sum(row.engine == e and row.status == "failed" for row in rows) for e in engines}
     decimals = {column: _decimals([c[column].mean for c in cells.values() if column in c]) for column in columns}
     return Table(columns, cells, decimals, failures, max((row.split for row in rows), default=0))
@@ -90,7 +90,7 @@ def csv_text(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def _mark_best(cells: dict[str, dict[str, Cell]], column: str, reference: str | None) -> None:
+def _mark_best(cells: dict[str, dict[str, Cell]], column: str) -> None:
     """Mark the best of a column: nearest to the level for coverage, highest accuracy, lowest otherwise."""
 
     def badness(cell: Cell) -> float:
@@ -99,8 +99,6 @@ def _mark_best(cells: dict[str, dict[str, Cell]], column: str, reference: str | 
         return -cell.mean if column == "accuracy" else cell.mean
 
     able = {e: c[column] for e, c in cells.items() if column in c and not math.isnan(c[column].mean)}
-    if column == DISTANCE:
-        able.pop(reference or "", None)  # the reference's distance to itself is no merit
     if len(able) > 1:
         least = min(map(badness, able.values()))
         for engine, cell in able.items():
@@ -146,11 +144,8 @@ def _wrap_header(grid: list[list[str]]) -> list[list[str]]:
 def _lines(grid: list[list[str]]) -> list[str]:
     widths = [max(len(row[j]) for row in grid) for j in range(len(grid[0]))]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
         for row in grid
     ]
-
-
-def is_timing(column: str) -> bool:
-    """Whether a column tells of cost and not of quality."""
-    return column == SECONDS

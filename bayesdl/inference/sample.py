@@ -151,20 +151,21 @@ def _scatter(density: LogDensity, num_chains: int, seed: int, like: Tensor, trie
     """Uniform points on (-2, 2)^dim, one per chain, drawn again for the chains whose log density is not finite."""
     streams = Streams(seed, num_chains, like.device)
     q = 4 * streams.uniform(density.dim, like=like) - 2
-    finite = torch.zeros(num_chains, dtype=torch.bool, device=like.device)
     for _ in range(tries):
         with torch.no_grad():
             finite = density(q).isfinite()
         if bool(finite.all()):
-            return q
+            break
         q = torch.where(finite.unsqueeze(-1), q, 4 * streams.uniform(density.dim, like=like) - 2)
-    fail(
-        NumericalError,
-        "sample",
-        "log_density must be finite somewhere in (-2, 2)^dim.",
-        got=f"NaN or infinity at {tries} uniform points for {int((~finite).sum())} of {num_chains} chains",
-        fix="pass initial= positions inside the support, or transform bounded coordinates to the whole line",
-    )
+    else:
+        fail(
+            NumericalError,
+            "sample",
+            "log_density must be finite somewhere in (-2, 2)^dim.",
+            got=f"NaN or infinity at {tries} uniform points for {int((~finite).sum())} of {num_chains} chains",
+            fix="pass initial= positions inside the support, or transform bounded coordinates to the whole line",
+        )
+    return q
 
 
 def _given_initial(
@@ -173,7 +174,9 @@ def _given_initial(
     start = _checks.as_tensor("sample", "initial", initial).detach().to(dtype=dtype, device=device)
     if tuple(start.shape) not in ((num_chains, dim), (dim,)):
         wanted = f"initial must have shape ({num_chains}, {dim}), or ({dim},) for all chains."
-        fail(ShapeError, "sample", wanted, got=str(tuple(start.shape)), fix=f"num_chains={len(start)}, or another shape")
+        fail(
+            ShapeError, "sample", wanted, got=str(tuple(start.shape)), fix=f"num_chains={len(start)}, or another shape"
+        )
     return start.expand(num_chains, dim).clone()
 
 
@@ -186,7 +189,13 @@ def _values(
     for name, value in values.items():
         if tuple(value.shape[:2]) != tuple(draws.shape[:2]):
             wanted = f"transform must give quantities of shape {tuple(draws.shape[:2])} + event."
-            fail(ShapeError, "sample", wanted, got=f"{name} {tuple(value.shape)}", fix="keep the axes of chains and draws")
+            fail(
+                ShapeError,
+                "sample",
+                wanted,
+                got=f"{name} {tuple(value.shape)}",
+                fix="keep the axes of chains and draws",
+            )
     return values
 
 
@@ -213,4 +222,6 @@ def _warn(diagnostics: dict[str, Any], num_draws: int) -> None:
     ]
     told = [text for doubtful, text in doubts if doubtful]
     if told:
-        warnings.warn("sample: the chains are not to be trusted yet.\n  " + "\n  ".join(told), ConvergenceWarning, stacklevel=3)
+        warnings.warn(
+            "sample: the chains are not to be trusted yet.\n  " + "\n  ".join(told), ConvergenceWarning, stacklevel=3
+        )

@@ -86,7 +86,13 @@ def convergence(draws: ArrayLike) -> dict[str, np.ndarray]:
 
     x = _array(draws).astype(np.float64, copy=False)
     if x.ndim < 2:
-        fail(ShapeError, "convergence", "draws must have shape (chains, draws, *event).", got=str(x.shape), fix="draws[None]")
+        fail(
+            ShapeError,
+            "convergence",
+            "draws must have shape (chains, draws, *event).",
+            got=str(x.shape),
+            fix="draws[None]",
+        )
     event, num_draws = x.shape[2:], x.shape[1]
     x = x.reshape(*x.shape[:2], -1)
     usable = np.isfinite(x).all((0, 1))

@@ -224,10 +224,10 @@ def multiply(left: Kernel, right: Kernel | float) -> Kernel:
 
 
 def inner(p: Tensor, k: Tensor) -> Tensor:
-    """Sum of the elementwise product over the last two axes, without forming it."""
-    if p.shape != k.shape:
-        p, k = torch.broadcast_tensors(p, k)
-    return (p.flatten(-2).unsqueeze(-2) @ k.flatten(-2).unsqueeze(-1))[..., 0, 0]
+    """Sum of the elementwise product over the last two axes."""
+    if p.ndim == 2 and p.shape == k.shape:
+        return torch.dot(p.reshape(-1), k.reshape(-1))
+    return (p * k).sum((-2, -1))
 
 
 @functools.lru_cache(maxsize=256)

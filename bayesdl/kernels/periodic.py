@@ -77,8 +77,8 @@ class Periodic(_OnColumns):
             period, lengthscale = params["period"].detach(), params["lengthscale"].detach()
             u = self._circles(x, params)
             centre = u.mean(-2, keepdim=True)
-            d2, with_ones = sqdist_centred(u - centre)
-            value = profiles.rbf_inplace(d2)
+            exponent, with_ones = sqdist_centred(u - centre, -0.5)
+            value = exponent.exp_()
 
         def pullback(p: Tensor) -> Params:
             # dL/du = 4 sum_j q_ij (u_i - u_j) with q = -p k / 2; differences do not see the centre.

@@ -238,8 +238,8 @@ class RBF(_Stationary):
         return profiles.rbf(d2)
 
     def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
-        d2, with_ones = sqdist_centred(u)
-        value = profiles.rbf_inplace(d2)
+        exponent, with_ones = sqdist_centred(u, -0.5)
+        value = exponent.exp_()
         return value, value, -0.5, _no_extra, with_ones
 
     def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
@@ -278,11 +278,11 @@ class Matern(_Stationary):
         return profiles.matern(d2, self.nu)
 
     def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
-        d2, with_ones = sqdist_centred(u)
+        stretched, with_ones = sqdist_centred(u, 2 * self.nu)
         if self.nu == 0.5:
             # Its square root magnifies rounding at coincident rows, so there the distance must be exactly 0.
-            d2 = sqdist(u)
-        value, slope = profiles.matern_inplace(d2, self.nu)
+            stretched = sqdist(u)
+        value, slope = profiles.matern_inplace(stretched, self.nu)
         return value, slope, profiles.matern_slope_factor(self.nu), _no_extra, with_ones
 
     def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:

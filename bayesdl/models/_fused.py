@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# gradient before the activation, from the gradient after it and the activated value
+# gradient before the activation, from the gradient after it (overwritten) and the activated value
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "tanh": torch.ops.aten.tanh_backward,
-    "relu": lambda grad, value: torch.ops.aten.threshold_backward(grad, value, 0),
+    "tanh": lambda grad, value: torch.ops.aten.tanh_backward.grad_input(grad, value, grad_input=grad),
+    "relu": lambda grad, value: torch.ops.aten.threshold_backward.grad_input(grad, value, 0, grad_input=grad),
 }
 
 

@@ -51,7 +51,9 @@ class LogDensity:
         """The log density at positions (*g, C, dim), shape (*g, C). Raises ShapeError for any other shape."""
         if q.ndim < 1 or q.shape[-1] != self.dim:
             wanted = f"positions must have shape (*groups, chains, {self.dim})."
-            fail(ShapeError, "LogDensity", wanted, got=str(tuple(q.shape)), fix=f"the last axis holds {self.dim} numbers")
+            fail(
+                ShapeError, "LogDensity", wanted, got=str(tuple(q.shape)), fix=f"the last axis holds {self.dim} numbers"
+            )
         value = self.fn(q)
         shape = tuple(value.shape) if isinstance(value, Tensor) else None
         if shape != tuple(q.shape[:-1]):

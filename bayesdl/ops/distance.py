@@ -51,15 +51,16 @@ def sqdist(x: Tensor, z: Tensor | None = None) -> Tensor:
     return d2.masked_fill(d2 <= _threshold(norm), 0.0)
 
 
-def sqdist_centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`sqdist(x)` without a graph, for rows already centred, by a single product and two passes in place.
+def sqdist_centred(x: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`factor * sqdist(x)` without a graph, for rows already centred: a single product and one pass in place.
 
-    Returns the distances (*b n n), which the caller may overwrite, and (x, 1) (*b n d+1), which gradients need as well.
+    Returns the multiples (*b n n), which the caller may overwrite, and (x, 1) (*b n d+1), which gradients need as well.
     """
-    norm = (x * x).sum(-1, keepdim=True)
+    norm = (x * x).sum(-1, keepdim=True).mul_(factor)
     ones = torch.ones_like(norm)
     right = torch.cat([x, ones, norm], -1)
-    d2 = (torch.cat([x * -2.0, norm, ones], -1) @ right.mT).clamp_min_(0.0)
+    d2 = torch.cat([x * (-2.0 * factor), norm, ones], -1) @ right.mT
+    d2 = d2.clamp_min_(0.0) if factor > 0 else d2.clamp_max_(0.0)
     d2.diagonal(dim1=-2, dim2=-1).zero_()
     return d2, right[..., :-1]
 

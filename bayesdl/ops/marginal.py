@@ -26,8 +26,9 @@ Params = dict[str, Tensor]
 ValueAndPullback = Callable[[Tensor, Params], tuple[Tensor, Callable[[Tensor], Params]]]
 
 # Four n x n matrices per element are alive at once; together they should stay within a core's second-level cache.
-_CPU_TILE_BYTES = 2**19
+_CPU_TILE_BYTES = 2**20
 _GPU_TILE_BYTES = 2**30
+_SMALL = 80
 
 
 class Marginal(NamedTuple):
@@ -148,20 +149,30 @@ def _tile(
     diagonal.add_(noise_variance.unsqueeze(-1))
     chol, jitter, failed = cholesky(k)
     diagonal.copy_(without_noise)
-    alpha = torch.cholesky_solve(residual.unsqueeze(-1), chol)
+    alpha, inverse = _solve_and_invert(chol, residual.unsqueeze(-1))
     column = alpha.squeeze(-1)
     log_det = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     value = (residual * column).sum(-1).mul_(-0.5).sub_(log_det).sub_(0.5 * n * math.log(2 * math.pi))
-    # LAPACK's factor and inverse lie column by column; the transpose of the symmetric inverse lies row by row.
-    by_a = torch.cholesky_inverse(chol).mT
-    if by_a.ndim == 2:
-        by_a = by_a.addmm_(alpha, alpha.mT, beta=-0.5, alpha=0.5)
+    if inverse.ndim == 2:
+        by_a = inverse.addmm_(alpha, alpha.mT, beta=-0.5, alpha=0.5)
     else:
-        by_a = by_a.baddbmm_(alpha, alpha.mT, beta=-0.5, alpha=0.5)
+        by_a = inverse.baddbmm_(alpha, alpha.mT, beta=-0.5, alpha=0.5)
     by_noise = by_a.diagonal(dim1=-2, dim2=-1).sum(-1)
     grads = pullback(by_a)
     result = Marginal(value, grads, by_noise, column.neg(), jitter, failed)
     return _without_failed(result) if bool(failed.any()) else result
+
+
+def _solve_and_invert(chol: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """A^{-1} residual (*b n 1) and A^{-1} (*b n n), lying row by row."""
+    n = chol.shape[-1]
+    if chol.ndim > 2 and n <= _SMALL and chol.device.type == "cpu":
+        # LAPACK is called matrix by matrix, which at this size costs more than the arithmetic that it saves.
+        eye = torch.eye(n, dtype=chol.dtype, device=chol.device).expand_as(chol)
+        root = torch.linalg.solve_triangular(chol, eye, upper=False)
+        return root.mT @ (root @ residual), root.mT @ root
+    # The factor and the inverse lie column by column; the transpose of the symmetric inverse lies row by row.
+    return torch.cholesky_solve(residual, chol), torch.cholesky_inverse(chol).mT
 
 
 def _without_failed(result: Marginal) -> Marginal:

@@ -65,30 +65,24 @@ class _Matern(torch.autograd.Function):
         return grads[0] * slope, None
 
 
-def rbf_inplace(d2: Tensor) -> Tensor:
-    """Value; the slope is -1/2 of it. `d2` is consumed."""
-    return d2.mul_(-0.5).exp_()
-
-
-def matern_inplace(d2: Tensor, nu: float) -> tuple[Tensor, Tensor]:
-    """Value, and a tensor whose multiple by `matern_slope_factor(nu)` is the slope; `d2` is consumed."""
-    r = d2.mul_(2.0 * nu).sqrt_()
-    decay = torch.neg(r).exp_()
+def matern_inplace(u: Tensor, nu: float) -> tuple[Tensor, Tensor]:
+    """Value, and a tensor that is the slope in d2 up to `matern_slope_factor(nu)`; u = 2 nu d2 is consumed."""
+    s = u.sqrt_().neg_()
+    decay = s.exp()
     if nu == 0.5:
-        slope = decay / r
-        slope.masked_fill_(r == 0, 0.0)
+        slope = decay / s
+        slope.masked_fill_(s == 0, 0.0)
         return decay, slope
     if nu == 1.5:
-        return r.add_(1.0).mul_(decay), decay
-    slope = torch.addcmul(decay, decay, r)
-    # 1 + r + r^2 / 3 = (1 + r) + r^2 / 3, and (1 + r) exp(-r) is the slope's shape.
-    value = torch.addcmul(slope, r.mul_(r), decay, value=1.0 / 3.0, out=r)
-    return value, slope
+        return torch.addcmul(decay, decay, s, value=-1.0, out=s), decay
+    # (1 + r) exp(-r) has the shape of the slope, and adding r^2 exp(-r) / 3 makes it the value.
+    slope = torch.addcmul(decay, decay, s, value=-1.0)
+    return torch.addcmul(slope, s.mul_(s), decay, value=1.0 / 3.0, out=s), slope
 
 
 def matern_slope_factor(nu: float) -> float:
     """What the second result of `matern_inplace` must be multiplied by to be dk / d(d2)."""
-    return {0.5: -0.5, 1.5: -1.5, 2.5: -5.0 / 6.0}[nu]
+    return {0.5: 0.5, 1.5: -1.5, 2.5: -5.0 / 6.0}[nu]
 
 
 def rational_quadratic_inplace(d2: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:

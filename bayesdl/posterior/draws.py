@@ -62,7 +62,7 @@ class DrawsPosterior(Posterior):
         if task == "multiclass":
             return Categorical(probs=torch.softmax(f, -2).mean(-1).to(self._data.x.dtype), validate_args=False)
         variance = self._space.split(members)[1]["noise_variance"].movedim(-2, -1).unsqueeze(-3)  # (*b, 1, k, S)
-        scale = self._units.outward_scale(variance.sqrt().movedim(-1, -3)).movedim(-3, -1)
+        scale = self._units.outward_scale(variance.sqrt().movedim(-1, 0)).movedim(0, -1)
         loc = self._squeeze_members(self._outward(f))
         return GaussianMixture(loc, self._squeeze_members(scale).to(loc).expand_as(loc), validate_args=False)
 
@@ -99,7 +99,7 @@ class DrawsPosterior(Posterior):
         """(..., s, outputs, S) in the user's units; logits stay as they are."""
         if self._space.likelihood.task != "regression":
             return f
-        return self._units.outward(f.movedim(-1, -3).movedim(-3, 0)).movedim(0, -1)
+        return self._units.outward(f.movedim(-1, 0)).movedim(0, -1)
 
     def _squeeze_members(self, f: Tensor) -> Tensor:
         """Drop the output axis of (..., s, outputs, S) where y came without one and there is one function."""

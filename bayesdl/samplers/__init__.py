@@ -1,4 +1,4 @@
-"""Markov chain Monte Carlo on a log density: pure `init` and `step`, vectorised over chains, and a `run` around them."""
+"""Markov chain Monte Carlo on a log density: pure `init` and `step`, batched over chains, and a `run`."""
 
 from __future__ import annotations
 

@@ -53,9 +53,7 @@ def dual_average(state: DualAveraging, acceptance: Tensor, target: float) -> Dua
     error_sum = state.error_sum + (target - acceptance.double())
     log_step = state.centre - math.sqrt(t) / _GAMMA / (t + _T0) * error_sum
     weight = t**-_KAPPA
-    return DualAveraging(
-        log_step, weight * log_step + (1 - weight) * state.log_average, error_sum, state.centre, t
-    )
+    return DualAveraging(log_step, weight * log_step + (1 - weight) * state.log_average, error_sum, state.centre, t)
 
 
 def find_step_size(
@@ -68,7 +66,7 @@ def find_step_size(
     step_size: Tensor,
     threshold: float = 0.8,
 ) -> tuple[Tensor, int]:
-    """A step size of the right order for each chain, (*g, C): double or halve until one leapfrog step crosses `threshold`.
+    """Step sizes of the right order (*g, C): each doubles or halves until one leapfrog step crosses `threshold`.
 
     The search starts from `step_size`, (*g, C) or (*g, 1); momenta come from `noise` and stay the same throughout. A
     chain whose log density is not finite yet takes the geometric mean of the others.

@@ -85,7 +85,7 @@ def check_initial(where: str, initial: Tensor) -> None:
 
 
 def check_log_density(where: str, log_density: LogDensityFn, q: Tensor) -> None:
-    """Refuse a log density whose value at q (*g, C, D) is not a differentiable (*g, C), or nowhere finite in a group."""
+    """Refuse a log density whose value at q (*g, C, D) is no differentiable (*g, C), or nowhere finite in a group."""
     with torch.enable_grad():
         value = log_density(q.detach().requires_grad_(True))
     wanted = tuple(q.shape[:-1])
@@ -114,7 +114,7 @@ def check_log_density(where: str, log_density: LogDensityFn, q: Tensor) -> None:
             where,
             "log_density must be finite at one initial point at least.",
             got=f"NaN or infinity at all {wanted[-1]} initial points{groups}",
-            fix="pass other initial positions, or check the log density for overflow and for values outside its support",
+            fix="pass other initial positions, or look for overflow and for positions outside the support",
         )
 
 
@@ -130,7 +130,7 @@ def e_bfmi(run: Run) -> Tensor:
     energy = run.stats["energy"]
     if energy.shape[-1] < 2:
         return torch.full_like(energy[..., 0], torch.nan)
-    variance = energy.var(-1, correction=0)
+    variance = energy.var(-1)
     # The first change is left out: without warm-up nothing came before it.
     ratio = run.stats["energy_change"][..., 1:].square().mean(-1) / variance
     return torch.where(variance > 0, ratio, torch.nan)

@@ -236,7 +236,9 @@ def _initial_metric(kind: str, inverse_mass: Tensor | None, q: Tensor) -> Metric
         inverse_mass = inverse_mass.detach().to(q).expand(shape).contiguous()
     except RuntimeError:
         got = str(tuple(inverse_mass.shape))
-        fail(ShapeError, "hmc.run", f"inverse_mass must have shape {shape}.", got=got, fix="one per group and coordinate")
+        fail(
+            ShapeError, "hmc.run", f"inverse_mass must have shape {shape}.", got=got, fix="one per group and coordinate"
+        )
     return dense_metric(inverse_mass) if kind == "dense" else diagonal_metric(inverse_mass)
 
 
@@ -251,9 +253,7 @@ def _given_step_size(step_size: float | Tensor, q: Tensor) -> Tensor:
     return value.expand(groups).unsqueeze(-1).clone()
 
 
-def _search(
-    evaluate: ValueAndGrad, state: State, parameters: Parameters, numbers: _Numbers
-) -> tuple[Parameters, int]:
+def _search(evaluate: ValueAndGrad, state: State, parameters: Parameters, numbers: _Numbers) -> tuple[Parameters, int]:
     step_size, spent = adaptation.find_step_size(
         evaluate, state.q, state.log_density, state.grad, parameters.metric, numbers.search(), parameters.step_size
     )

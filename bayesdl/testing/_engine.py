@@ -50,7 +50,8 @@ def check_engine(engine: Any, *, seed: int = 0, batched_fit: bool = True, rtol: 
         _check_update(bench)
         if bench.task == "regression":
             _check_units(bench)
-            _check_outputs(bench)
+            if bench.any_width:
+                _check_outputs(bench)
 
 
 class _Bench:
@@ -59,6 +60,8 @@ class _Bench:
     def __init__(self, engine: Any, seed: int, rtol: float) -> None:
         self.engine, self.seed, self.rtol = engine, seed, rtol
         self.task = engine.model.likelihood.task
+        # a network of the user's own has the inputs and outputs that it was built with
+        self.any_width = getattr(engine.model, "module", None) is None
         self.x, self.y = self.data(24, 2)
         self.x_new = self.data(5, 2, stream=1)[0]
 
@@ -278,12 +281,13 @@ def _check_degenerate_data(bench: _Bench) -> None:
     x, y = bench.x, bench.y
     cases = {
         "n = 1": (x[:1], y[:1]),
-        "d = 1": (x[:, :1], y),
         "constant y": (x, torch.ones_like(y)),
         "constant x": (torch.ones_like(x), y),
         "duplicate rows": (torch.cat([x, x]), torch.cat([y, y])),
         "x at offset 1e6": (x + 1e6, y),
     }
+    if bench.any_width:
+        cases["d = 1"] = (x[:, :1], y)
     if bench.task == "regression":
         cases |= {"y at scale 1e-6": (x, 1e-6 * y), "y at scale 1e6": (x, 1e6 * y), "y at offset 1e6": (x, y + 1e6)}
     for name, (inputs, targets) in cases.items():

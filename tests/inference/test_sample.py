@@ -1,0 +1,173 @@
+"""bdl.sample: draws from a log density, from its door to its diagnostics."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from arviz_stats.base import array_stats
+
+from bayesdl.errors import ConvergenceWarning, NumericalError, SettingError, ShapeError
+from bayesdl.inference.sample import sample
+from bayesdl.models.log_density import LogDensity
+
+QUICK = {"num_warmup": 60, "num_draws": 100, "num_steps": 6}
+
+
+def normal(q):
+    return -0.5 * q.square().sum(-1)
+
+
+def test_correlated_gaussian():
+    """Means and covariances within 4.5 Monte Carlo errors.
+
+    9 comparisons: a false alarm for 1 in 16 000 seeds (1 in 1300 if the errors are a tenth too small).
+    """
+    root = torch.tensor([[2.0, 0, 0], [1.8, 0.2, 0], [-3.0, 0.5, 5.0]], dtype=torch.float64)
+    mean = torch.tensor([3.0, -1.0, 10.0], dtype=torch.float64)
+
+    def log_density(q):
+        return normal(torch.linalg.solve_triangular(root.T, q - mean, upper=True, left=False))
+
+    chains = sample(log_density, 3, num_chains=24, num_warmup=200, num_draws=120, num_steps=12, metric="dense", seed=1)
+    x = chains.draws.numpy() - mean.numpy()
+    assert x.shape == (24, 120, 3)
+    rows, columns = np.tril_indices(3)
+    found = np.concatenate([x, x[..., rows] * x[..., columns]], -1)
+    wanted = np.concatenate([np.zeros(3), (root @ root.T).numpy()[rows, columns]])
+    error = array_stats.mcse(found, method="mean", chain_axis=0, draw_axis=1)
+    assert (np.abs(found.mean((0, 1)) - wanted) / error).max() < 4.5
+    assert chains.diagnostics["rhat"] < 1.05
+    assert chains.inverse_mass.shape == (3, 3)
+
+
+def test_diagnostics_are_plain_and_complete():
+    chains = sample(normal, dim=2, seed=3, **QUICK)
+    found = chains.diagnostics
+    json.dumps(found)
+    assert found["engine"] == "hmc"
+    assert {"rhat", "ess_bulk", "ess_tail", "divergences", "step_size", "acceptance_rate", "seconds"} <= set(found)
+    assert len(found["e_bfmi"]) == 4
+    assert found["num_gradients"] > chains.stats["num_steps"][0].sum()
+    assert np.shape(found["trace"]["log_density"]) == (4, 100)
+    rhat = array_stats.rhat(chains.draws.numpy(), chain_axis=0, draw_axis=1)
+    assert found["rhat"] == pytest.approx(rhat.max())
+    torch.testing.assert_close(chains.stats["log_density"], normal(chains.draws))
+
+
+def test_same_seed_same_draws():
+    first = sample(normal, dim=2, seed=3, **QUICK).draws
+    assert torch.equal(first, sample(normal, dim=2, seed=3, **QUICK).draws)
+    assert not torch.equal(first, sample(normal, dim=2, seed=4, **QUICK).draws)
+
+
+def test_names_and_transform_give_the_quantities_of_interest():
+    named = sample(LogDensity(normal, 2, ("a", "b")), **QUICK)
+    assert torch.equal(named.values["b"], named.draws[..., 1])
+    assert set(named.to_arviz().posterior.data_vars) == {"a", "b"}
+    assert set(sample(normal, dim=2, **QUICK).values) == {"q"}
+    moved = sample(normal, dim=2, transform=lambda q: {"scale": q[..., 0].exp(), "both": 2 * q}, **QUICK)
+    tree = moved.to_arviz()
+    assert tree.posterior["scale"].shape == (4, 100)
+    np.testing.assert_array_equal(tree.posterior["both"].values, 2 * moved.draws.numpy())
+    assert {"lp", "energy", "diverging", "n_steps", "step_size", "acceptance_rate"} == set(tree.sample_stats.data_vars)
+
+
+def test_convergence_is_judged_on_the_quantities_of_interest():
+    """Two modes that no chain crosses: the position has not converged, its square has."""
+
+    def two_modes(q):
+        return -8 * (q.square().sum(-1) - 4) ** 2 / 16
+
+    start = torch.tensor([[2.0], [-2.0], [2.0], [-2.0]])
+    settings = {"initial": start, "num_warmup": 100, "num_draws": 100, "num_steps": 6, "seed": 1}
+    with pytest.warns(ConvergenceWarning, match=r"R-hat .* above 1\.05"):
+        apart = sample(two_modes, dim=1, **settings)
+    assert apart.diagnostics["rhat"] > 1.5
+    together = sample(two_modes, dim=1, transform=lambda q: {"square": q[..., 0] ** 2}, **settings)
+    assert together.diagnostics["rhat"] < 1.05
+
+
+def test_divergences_and_few_effective_draws_are_told():
+    def funnel(q):
+        v, x = q[..., 0], q[..., 1:]
+        return -(v**2) / 18 - 0.5 * (-v).exp() * x.square().sum(-1) - 4.5 * v
+
+    with pytest.warns(ConvergenceWarning, match="reparametrise"):
+        chains = sample(funnel, dim=10, num_warmup=60, num_draws=60, num_steps=8, seed=2)
+    assert chains.diagnostics["divergences"] == int(chains.stats["diverging"].sum())
+
+
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+def test_default_start_is_scattered_and_drawn_again_outside_the_support():
+    """A log density that is NaN on three quarters of the square still starts every chain."""
+    starts = []
+
+    def corner(q):
+        starts.append(q.detach().clone())
+        return torch.where((q > 0).all(-1), q.log().sum(-1) - q.sum(-1), torch.nan)
+
+    chains = sample(corner, dim=2, num_chains=16, **QUICK)
+    first = starts[0]
+    assert first.shape == (16, 2)
+    assert (first.abs() < 2).all()
+    assert (first < 0).any()
+    assert (chains.draws > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+def test_initial_positions_are_used_as_given():
+    seen = []
+
+    def spy(q):
+        seen.append(q.detach().clone())
+        return normal(q)
+
+    start = np.array([[1.0, 2.0], [3.0, 4.0]])
+    sample(spy, dim=2, num_chains=2, initial=start, **QUICK)
+    np.testing.assert_array_equal(seen[0].numpy(), start)
+    seen.clear()
+    sample(spy, dim=2, num_chains=3, initial=start[0], **QUICK)
+    np.testing.assert_array_equal(seen[0].numpy(), np.tile(start[0], (3, 1)))
+
+
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+def test_dtype_and_one_chain():
+    chains = sample(normal, dim=2, num_chains=1, dtype=torch.float32, num_warmup=5, num_draws=3, num_steps=2)
+    assert chains.draws.dtype == torch.float32
+    assert chains.draws.shape == (1, 3, 2)
+    assert np.isnan(chains.diagnostics["rhat"])
+
+
+@pytest.mark.parametrize(
+    ("error", "word", "change"),
+    [
+        (SettingError, "sampler must be one of 'hmc'", {"sampler": "nuts"}),
+        (SettingError, "dim", {"dim": None}),
+        (SettingError, "dim", {"dim": 0}),
+        (SettingError, "dim must be 3", {"log_density": LogDensity(normal, 3)}),
+        (SettingError, "num_chains", {"num_chains": 0}),
+        (SettingError, "names", {"names": ("a",)}),
+        (SettingError, "names", {"names": ("a", "a")}),
+        (SettingError, "fn must be a function", {"log_density": 3.0}),
+        (ShapeError, "one per chain", {"log_density": lambda q: q.sum()}),
+        (ShapeError, "initial", {"initial": np.zeros((3, 2))}),
+        (ShapeError, "transform", {"transform": lambda q: {"a": q.mean(1)}}),
+        (NumericalError, "finite somewhere", {"log_density": lambda q: normal(q) * torch.nan}),
+    ],
+)
+def test_wrong_calls_fail_at_the_door(error, word, change):
+    settings = {"log_density": normal, "dim": 2, **QUICK, **change}
+    with pytest.raises(error, match=word) as caught:
+        sample(settings.pop("log_density"), **settings)
+    assert "\n  got  " in str(caught.value)
+    assert "\n  fix  " in str(caught.value)
+
+
+def test_log_density_refuses_positions_of_another_width():
+    density = LogDensity(normal, 3)
+    assert density(torch.zeros(5, 2, 3)).shape == (5, 2)
+    with pytest.raises(ShapeError, match="3\\)"):
+        density(torch.zeros(5, 2))
