@@ -23,34 +23,60 @@ def describe(value: Any) -> str:
 
 
 def as_tensor(where: str, name: str, value: Any) -> Tensor:
-    """A tensor from a tensor, a numpy array, a pandas frame or series, or nested lists; integers become float64.
+    """A float32 or float64 tensor, as by `numbers`; integers become float64."""
+    tensor = numbers(where, name, value)
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
 
-    Arrays are copied, so that later changes to the caller's data cannot reach a posterior. Raises DtypeError for text,
-    objects, complex and half precision.
+
+def numbers(where: str, name: str, value: Any) -> Tensor:
+    """A tensor from a tensor, a numpy array, a pandas frame or series, or nested lists; integers stay integers.
+
+    Arrays are copied, so that later changes to the caller's data cannot reach a posterior; tensors are not. Missing cells
+    of pandas become NaN.
+
+    Raises:
+        DtypeError: Text, objects, complex numbers, or floats of another width than 32 and 64 bits.
+        ShapeError: Nested lists of unequal lengths.
+        DataError: A sparse tensor.
     """
     if isinstance(value, Tensor):
         tensor = value
+        if tensor.layout != torch.strided:
+            fail(DataError, where, f"{name} must be dense.", got=f"{describe(value)} {value.layout}", fix=f"{name}.to_dense()")
     else:
-        array = np.asarray(value.to_numpy() if hasattr(value, "to_numpy") else value)
+        array = _as_array(where, name, value)
         if array.dtype.kind not in "fiub":
-            fail(
-                DtypeError,
-                where,
-                f"{name} must hold numbers.",
-                got=f"{array.shape} {array.dtype} array",
-                fix="encode text columns as numbers (pandas.get_dummies) and drop or fill missing cells",
-            )
-        tensor = torch.tensor(array)
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        tensor = tensor.to(torch.float64)
-    if tensor.dtype not in _FLOATS:
+            got = f"{array.shape} {array.dtype} array"
+            fix = "encode text columns as numbers (pandas.get_dummies) and drop or fill missing cells"
+            fail(DtypeError, where, f"{name} must hold numbers.", got=got, fix=fix)
+        if array.dtype.kind == "f" and array.dtype.itemsize not in (4, 8):
+            got = f"{array.shape} {array.dtype} array"
+            fail(DtypeError, where, f"{name} must be float32 or float64.", got=got, fix=f"{name}.astype(numpy.float64)")
+        # own memory, in native byte order, with positive strides: torch refuses anything else
+        tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True))
+    if tensor.dtype not in _FLOATS and (tensor.is_floating_point() or tensor.is_complex()):
         fail(DtypeError, where, f"{name} must be float32 or float64.", got=describe(tensor), fix=f"{name}.to(torch.float64)")
     return tensor
 
 
+def _as_array(where: str, name: str, value: Any) -> np.ndarray:
+    if not hasattr(value, "to_numpy"):
+        try:
+            return np.asarray(value)
+        except ValueError as error:
+            wanted = f"{name} must be rectangular."
+            fail(ShapeError, where, wanted, got=str(error), fix=f"give every row of {name} the same length")
+    array = value.to_numpy()
+    kinds = {getattr(dtype, "kind", "O") for dtype in np.atleast_1d(np.asarray(value.dtypes, dtype=object))}
+    if array.dtype.kind == "O" and kinds <= set("fiub"):
+        return value.to_numpy(dtype=np.float64, na_value=np.nan)  # pandas' nullable numbers
+    return array
+
+
 def finite(where: str, name: str, value: Tensor) -> None:
     """Raise DataError where `value` holds a NaN or an infinity, naming the first place."""
-    bad = ~torch.isfinite(value.detach())
+    value = value.detach()
+    bad = ~torch.isfinite(value)
     if bool(bad.any()):
         place = tuple(int(i) for i in torch.nonzero(bad)[0])
         fail(
@@ -99,7 +125,10 @@ def at_least(where: str, name: str, value: Any, least: float, *, integer: bool =
 
 
 def inside(where: str, name: str, value: Any, low: float, high: float) -> None:
-    """Raise SettingError unless low < value < high."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-        middle = (low + high) / 2
-        fail(SettingError, where, f"{name} must lie between {low} and {high}.", got=repr(value), fix=f"pass {middle}, say")
+    """Raise SettingError unless low < value < high; `high` may be infinite."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not low < value < high:
+        bounded = np.isfinite(high)
+        wanted = f"{name} must lie between {low} and {high}." if bounded else f"{name} must be a finite number above {low}."
+        example = (low + high) / 2 if bounded else low + 1
+        fail(SettingError, where, wanted, got=repr(value), fix=f"pass {example}, say")

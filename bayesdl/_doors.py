@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bayesdl.posterior import Posterior
 
 _ROOMS_WITH_RECORDS = ("hyper", "kernels", "likelihoods", "models", "priors")
+_MODELS = ("BNN", "GP")  # of the models, those that a file may name
 
 
 def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> Posterior:
@@ -28,15 +29,20 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> Po
         StorageError: The file is missing, truncated, corrupt, foreign, or of a later format.
     """
     from bayesdl.errors import StorageError, fail
+    from bayesdl.models import BNN, GP
     from bayesdl.posterior import DrawsPosterior, GPPosterior
     from bayesdl.posterior.base import load_parts
 
     form, shared, record, tensors = load_parts(path, _resolve, module)
-    forms = {kind.form: kind for kind in (GPPosterior, DrawsPosterior)}
+    forms = {kind.form: (kind, model) for kind, model in ((GPPosterior, GP), (DrawsPosterior, BNN))}
     if form not in forms:
         fail(StorageError, "bdl.load", f"form must be one of {sorted(forms)}.", got=form, fix="upgrade bayesdl")
+    kind, model = forms[form]
+    if not isinstance(shared["model"], model):
+        got = repr(shared["model"])[:200]
+        fail(StorageError, "bdl.load", f"a {kind.__name__} has a {model.__name__}.", got=got, fix="save the posterior again")
     try:
-        return forms[form]._from_parts(shared, record, tensors)
+        return kind._from_parts(shared, record, tensors)
     except KeyError as error:
         fail(StorageError, "bdl.load", f"{path} lacks a part.", got=f"no {error}", fix="save the posterior again")
 
@@ -45,26 +51,28 @@ def _resolve(kind: str) -> type:
     """The dataclass that "room.Class" names, among the public settings of this package and nothing else."""
     import dataclasses
     import importlib
+    import inspect
 
     from bayesdl.errors import StorageError, fail
 
     room, _, name = kind.partition(".")
     if room in _ROOMS_WITH_RECORDS:
         found: Any = getattr(importlib.import_module(f"bayesdl.{room}"), name, None)
-        if isinstance(found, type) and dataclasses.is_dataclass(found):
+        concrete = isinstance(found, type) and dataclasses.is_dataclass(found) and not inspect.isabstract(found)
+        if concrete and not name.startswith("_") and (room != "models" or name in _MODELS):
             return found
     fail(StorageError, "bdl.load", "the file names settings that this version lacks.", got=repr(kind), fix="upgrade bayesdl")
 
 
 def arviz_datatree(**groups: Any) -> Any:
-    """`interop.arviz.to_datatree`: the groups posterior, sample_stats, observed_data and log_likelihood as a DataTree."""
+    """`interop.arviz.to_datatree`: posterior, sample_stats, observed_data and log_likelihood as a DataTree."""
     from bayesdl.interop.arviz import to_datatree
 
     return to_datatree(**groups)
 
 
 def arviz_convergence(draws: Any) -> dict[str, float]:
-    """`interop.arviz.worst_convergence`: the worst R-hat, bulk and tail ESS over the components of draws (C, N, *event)."""
+    """`interop.arviz.worst_convergence`: the worst R-hat, bulk and tail ESS over draws (C, N, *event)."""
     from bayesdl.interop.arviz import worst_convergence
 
     return worst_convergence(draws)

@@ -10,17 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesdl.errors import SettingError, fail
+
 Seed = int | torch.Generator | None
 
 
 def root_seed(seed: Seed) -> int:
-    """One integer that stands for `seed`: itself, the next draw of a generator, or fresh entropy for None."""
+    """One integer that stands for `seed`: itself, the next draw of a generator, or fresh entropy for None.
+
+    Raises:
+        SettingError: The seed is none of these, or an int that is negative or needs more than 64 bits.
+    """
     if isinstance(seed, torch.Generator):
         return int(torch.randint(0, 2**62, (), generator=seed, device=seed.device, dtype=torch.int64))
     if seed is None:
         return int(np.random.SeedSequence().generate_state(1, np.uint64)[0] >> 1)
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise TypeError(f"seed must be a non-negative int, a torch.Generator or None, got {seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
+        wanted = "seed must be an int from 0 to 2**64 - 1, a torch.Generator or None."
+        fail(SettingError, "seed", wanted, got=repr(seed), fix="pass 0, say")
     return int(seed)
 
 

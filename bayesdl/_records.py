@@ -10,13 +10,20 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from bayesdl.errors import StorageError, fail
+from bayesdl.errors import SettingError, ShapeError, StorageError, fail
 
 
 def encode(value: Any) -> Any:
-    """A JSON value for `value`: primitives as they are, tuples marked, dataclasses with their kind."""
+    """A JSON value for `value`: primitives as they are, tuples marked, dataclasses of this package with their kind.
+
+    Raises:
+        StorageError: `value` has no form that can be read again without running code.
+    """
+    if isinstance(value, (np.bool_, np.integer, np.floating)):
+        return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, tuple):
@@ -25,11 +32,13 @@ def encode(value: Any) -> Any:
         return [encode(item) for item in value]
     if isinstance(value, nn.Module):
         return {"$module": repr(value)}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    package, _, rest = type(value).__module__.partition(".")
+    if package == "bayesdl" and dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        room = type(value).__module__.split(".")[1]
-        return {"kind": f"{room}.{type(value).__name__}", **fields}
-    raise TypeError(f"no JSON form for {type(value).__name__}: {value!r}")
+        return {"kind": f"{rest.partition('.')[0]}.{type(value).__name__}", **fields}
+    wanted = "a file holds settings of bayesdl's own classes, numbers and text only."
+    got = f"{type(value).__module__}.{type(value).__qualname__}: {value!r}"[:200]
+    fail(StorageError, "posterior.save", wanted, got=got, fix="keep the code beside the data, and fit again from there")
 
 
 def decode(value: Any, resolve: Callable[[str], type], module: nn.Module | None = None) -> Any:
@@ -52,8 +61,9 @@ def decode(value: Any, resolve: Callable[[str], type], module: nn.Module | None 
     fields = {name: decode(item, resolve, module) for name, item in value.items() if name != "kind"}
     try:
         return kind(**fields)
-    except TypeError as error:
-        fail(StorageError, "bdl.load", f"{value['kind']} must have the fields of this version.", got=str(error), fix=_UPGRADE)
+    except (TypeError, SettingError, ShapeError) as error:
+        got = str(error).splitlines()[0]
+        fail(StorageError, "bdl.load", f"{value['kind']} must have the fields of this version.", got=got, fix=_UPGRADE)
 
 
 _UPGRADE = "load it with the version of bayesdl that wrote it"

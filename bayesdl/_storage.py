@@ -1,17 +1,20 @@
 """Files on disk: tensors as safetensors with one JSON record in the header. Reading never runs code from the file.
 
 A file is written beside its target and renamed, so that a killed write leaves the old file or none, never half of one.
+A digest of record and tensors is checked on reading, since safetensors itself notices no flipped bit among the numbers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bayesdl._version import __version__
@@ -25,22 +28,23 @@ def write(path: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapp
     from safetensors.torch import save
 
     header = {"format": _FORMAT, "bayesdl": __version__, **record}
-    # safetensors refuses tensors that share memory, hence a contiguous copy of each
-    arrays = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(path, save(arrays, metadata={"bayesdl": json.dumps(header)}))
+    # safetensors refuses tensors that share memory, and an axis of length one may keep an odd stride: a fresh copy of each
+    arrays = {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()}
+    text = json.dumps(header)
+    write_bytes(path, save(arrays, metadata={"bayesdl": text, "sha256": _digest(text, arrays)}))
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path` by way of a temporary file in the same folder and a rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("xb") as file:
             file.write(content)
-        os.replace(name, path)
+        os.replace(beside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -57,7 +61,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            # cloned: what safetensors hands out may be a window on the file, which somebody may overwrite
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         wanted = f"{path.name} must be a whole safetensors file."
         fail(StorageError, "bdl.load", wanted, got=f"{path.stat().st_size} bytes: {error}", fix="save the posterior again")
@@ -70,4 +75,17 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     if version > _FORMAT:
         got = f"format {version}, written by bayesdl {record.get('bayesdl')}"
         fail(StorageError, "bdl.load", f"this version reads formats up to {_FORMAT}.", got=got, fix="upgrade bayesdl")
+    if metadata.get("sha256") != _digest(metadata["bayesdl"], tensors):
+        wanted = f"{path.name} must hold what was written to it."
+        fail(StorageError, "bdl.load", wanted, got="contents that differ from their digest", fix="save the posterior again")
     return record, tensors
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the record and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -58,21 +58,15 @@ class TrainingData(NamedTuple):
 def training_data(where: str, x: Any, y: Any) -> TrainingData:
     """Check and coerce a training set: x (*b, n, d), y (*b, n) or (*b, n, k), from torch, numpy or pandas.
 
-    Integer targets follow the dtype of x; numpy arrays of two float widths meet at the wider one; two torch tensors of
-    different float widths or devices are an error.
+    Integers follow the floats that come with them, and arrays the torch tensors; numpy arrays of two float widths meet at
+    the wider one; two torch tensors of different float widths or devices are an error. x and y are copied.
 
     Raises:
         ShapeError: x is not (*b, n, d), or y does not match it, or n is 0.
         DataError: a NaN or an infinity, named by its place.
         DtypeError, DeviceError: mixed dtypes or devices.
     """
-    x_given, y_given = x, y
-    x, y = _checks.as_tensor(where, "x", x), _checks.as_tensor(where, "y", y)
-    if not isinstance(y_given, Tensor) or not y_given.is_floating_point():
-        x = x if isinstance(x_given, Tensor) else x.to(torch.promote_types(x.dtype, y.dtype))
-        y = y.to(dtype=x.dtype, device=x.device)
-    elif not isinstance(x_given, Tensor):
-        x = x.to(dtype=y.dtype, device=y.device)
+    x, y = _meet(x, _checks.numbers(where, "x", x), y, _checks.numbers(where, "y", y))
     _checks.inputs(where, "x", x)
     _checks.alike(where, "y", y, "x", x)
     has_outputs = y.ndim == x.ndim
@@ -85,7 +79,23 @@ def training_data(where: str, x: Any, y: Any) -> TrainingData:
         fail(ShapeError, where, "at least one data point is needed.", got=f"x {_checks.describe(x)}", fix="pass n >= 1 rows")
     _checks.finite(where, "x", x)
     _checks.finite(where, "y", y)
-    return TrainingData(x.detach(), (y if has_outputs else y.unsqueeze(-1)).detach(), has_outputs)
+    # a copy, so that changing the caller's tensors in place does not reach a posterior
+    return TrainingData(x.detach().clone(), (y if has_outputs else y.unsqueeze(-1)).detach().clone(), has_outputs)
+
+
+def _meet(x_given: Any, x: Tensor, y_given: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x and y in one float dtype and on one device, except where both are torch tensors that disagree."""
+    own = [isinstance(given, Tensor) for given in (x_given, y_given)]
+    floats = [v.dtype for v in (x, y) if v.is_floating_point()]
+    fixed = [v.dtype for v, tensor in zip((x, y), own, strict=True) if tensor and v.is_floating_point()]
+    wider = torch.promote_types(floats[0], floats[-1]) if floats else torch.float64
+    dtype = fixed[0] if fixed else wider
+    devices = [v.device for v, tensor in zip((x, y), own, strict=True) if tensor]
+    results = []
+    for v, tensor in zip((x, y), own, strict=True):
+        device = v.device if tensor or not devices else devices[0]
+        results.append(v if tensor and v.is_floating_point() else v.to(dtype=dtype, device=device))
+    return results[0], results[1]
 
 
 def new_inputs(where: str, x: Any, like: Tensor) -> Tensor:
@@ -93,9 +103,11 @@ def new_inputs(where: str, x: Any, like: Tensor) -> Tensor:
 
     Arrays and integers follow the dtype and device of `like`; a torch tensor of another float dtype or device is an error.
     """
-    given, x = x, _checks.as_tensor(where, "x", x)
-    if not isinstance(given, Tensor) or not given.is_floating_point():
+    given, x = x, _checks.numbers(where, "x", x)
+    if not isinstance(given, Tensor):
         x = x.to(dtype=like.dtype, device=like.device)
+    elif not x.is_floating_point():
+        x = x.to(like.dtype)
     _checks.inputs(where, "x", x, d=like.shape[-1])
     _checks.alike(where, "x", x, "the training x", like)
     batch = like.shape[:-2]

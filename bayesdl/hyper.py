@@ -50,6 +50,8 @@ class LogNormal:
 
     def __post_init__(self) -> None:
         _positive("LogNormal", scale=self.scale)
+        if not math.isfinite(self.loc):
+            fail(SettingError, "LogNormal", "loc must be finite.", got=f"{self.loc!r}", fix="pass the log of the median")
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at `value`, elementwise."""

@@ -43,7 +43,8 @@ class Gaussian:
     Engines standardise y by default, and then `noise_variance` is a share of the variance of y.
 
     Attributes:
-        noise_variance: Where its estimate starts, or its value where nothing is optimised. None: the prior's median.
+        noise_variance: Where its estimate starts, or its value where nothing is optimised; above `lower`. None: the typical
+            value of the prior.
         prior: Prior on the variance. The default, log-normal with log-median -4 and log-sd 1, is that of BoTorch's
             single-task model; it says "mostly signal" and gives way to a few dozen points that say otherwise.
         lower: Smallest variance that a fit may reach; it keeps kernel matrices invertible.
@@ -57,7 +58,8 @@ class Gaussian:
     def __post_init__(self) -> None:
         _checks.at_least("Gaussian", "lower", self.lower, 0.0)
         if self.noise_variance is not None:
-            _checks.at_least("Gaussian", "noise_variance", self.noise_variance, self.lower)
+            # estimates move in log(noise_variance - lower), which must exist where they start
+            _checks.inside("Gaussian", "noise_variance", self.noise_variance, self.lower, math.inf)
 
     def parameters(self) -> tuple[Parameter, ...]:
         """The noise variance."""

@@ -70,7 +70,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 section { margin: 44px 0; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 10px 14px; text-align: right; white-space: nowrap; }
+th, td { position: relative; padding: 10px 14px; text-align: right; white-space: nowrap; }
 thead th { color: var(--muted); font-weight: 500; font-size: 13px; border-bottom: 1px solid var(--line);
   white-space: normal; vertical-align: bottom; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }

@@ -123,17 +123,17 @@ def reliability(rows: Mapping[str, Sequence[Row]], palette: Mapping[str, str], n
     edges = np.linspace(0, 1, num_bins + 1)
     for j, (name, found) in enumerate(rows.items()):
         upper, lower, colour = grid[0, j], grid[1, j], palette[name]
-        probs, y = (
-            torch.cat([row.arrays[key].flatten(0, -d) for row in found]) for key, d in (("profile", 2), ("y", 1))
-        )
+        probs = torch.cat([row.arrays["profile"].flatten(0, -2) for row in found])
+        y = torch.cat([row.arrays["y"].flatten() for row in found])
         curve = reliability_curve(Categorical(probs=probs, validate_args=False), y, num_bins)
-        full = (curve.count > 0).numpy()
-        share = np.sqrt(curve.accuracy * (1 - curve.accuracy) / curve.count).numpy()
+        confidence, hits, count = (part.numpy() for part in curve)
+        full = count > 0
+        error = 1.96 * np.sqrt(hits[full] * (1 - hits[full]) / count[full])
         upper.plot([0, 1], [0, 1], color=_MUTED, linewidth=0.8)
         upper.errorbar(
-            curve.confidence[full],
-            curve.accuracy[full],
-            yerr=1.96 * share[full],
+            confidence[full],
+            hits[full],
+            yerr=error,
             fmt="o-",
             color=colour,
             markersize=4.5,
@@ -143,7 +143,7 @@ def reliability(rows: Mapping[str, Sequence[Row]], palette: Mapping[str, str], n
         upper.set_title(name, color=_INK, fontsize=11, loc="left", fontweight="bold")
         lower.bar(
             edges[:-1],
-            curve.count / curve.count.sum(),
+            count / count.sum(),
             width=1 / num_bins,
             align="edge",
             color=colour,

@@ -99,9 +99,7 @@ def _facts(problem: Problem, table: Table, seed: int) -> str:
     facts = {
         "Data": f"{problem.name}: {n} rows, {d} inputs",
         "Target": target,
-        "Splits": f"{len(problem.test)}, with {size} test points each"
-        if len(problem.test) > 1
-        else f"1, {size} test points",
+        "Splits": f"{len(problem.test)}, {size} test points" + (" each" if len(problem.test) > 1 else ""),
         "Seed": str(seed),
         "Made": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by bayesdl {__version__}",
         "Machine": machine(),

@@ -67,8 +67,9 @@ def _exact_gp(kernel: Any, quick: bool) -> Any:
 def _hmc(task: str, num_classes: int, quick: bool) -> Any:
     from bayesdl.inference.hmc import HMC
 
-    length = 100 if quick else 500
-    return HMC(_network(task, num_classes), num_chains=4, num_warmup=length, num_draws=length, num_steps=32)
+    length, num_steps = (100, 16) if quick else (500, 32)
+    network = _network(task, num_classes)
+    return HMC(network, num_chains=4, num_warmup=length, num_draws=length, num_steps=num_steps)
 
 
 def _ensemble(task: str, num_classes: int, quick: bool) -> Any:

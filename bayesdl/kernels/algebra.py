@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bayesdl.errors import SettingError, fail
 from bayesdl.hyper import LogNormal, Parameter
-from bayesdl.kernels.base import Functions, Kernel, Lead, Params, Pullback, draw_uniform, get
-from bayesdl.kernels.stationary import PriorChoice, check_positive, reduce_to
+from bayesdl.kernels.base import Functions, Kernel, Lead, Params, Pullback, draw_uniform, get, reduce_to
+from bayesdl.kernels.columns import PriorChoice, check_positive
 
 
 def _part(params: Params, prefix: str) -> Params:
@@ -59,11 +59,7 @@ class Scale(Kernel):
         base_params = _part(params, "base")
         base, pull_base = self.base.value_and_pullback(x, base_params)
         value = base * scale[..., None, None]
-        # The pullback is linear, so that the scale may multiply its results instead of p; not where it sums over
-        # problems of different scales.
-        ndims = _event_ndims(self.base, x.shape[-1])
-        after = all(value.shape[: value.ndim - ndims[name]] == scale.shape for name, value in base_params.items())
-        after = after or scale.ndim == 0
+        after = scale.ndim == 0 or self._has_own_parameters(base_params, scale.shape, x.shape[-1])
 
         def pullback(p: Tensor) -> Params:
             grads = {"outputscale": reduce_to(inner(p, base), scale.shape)}
@@ -76,6 +72,15 @@ class Scale(Kernel):
             return grads
 
         return value, pullback
+
+    def _has_own_parameters(self, base_params: Params, batch: torch.Size, d: int) -> bool:
+        """Whether every scale meets base parameters of its own.
+
+        Then it may multiply the results of the base's pullback, which is linear, instead of the larger p; where
+        problems of different scales share a parameter, it may not.
+        """
+        shapes = {p.name: len(p.shape) for p in self.base.parameters(d)}
+        return all(value.shape[: value.ndim - shapes[name]] == batch for name, value in base_params.items())
 
     def _features(self, lead: Lead, num_features: int, d: int, params: Params, generator: torch.Generator) -> Functions:
         features = self.base._features(lead, num_features, d, _part(params, "base"), generator)
@@ -228,12 +233,6 @@ def inner(p: Tensor, k: Tensor) -> Tensor:
     if p.ndim == 2 and p.shape == k.shape:
         return torch.dot(p.reshape(-1), k.reshape(-1))
     return (p * k).sum((-2, -1))
-
-
-@functools.lru_cache(maxsize=256)
-def _event_ndims(kernel: Kernel, d: int) -> dict[str, int]:
-    """How many axes each hyper-parameter has besides its batch."""
-    return {parameter.name: len(parameter.shape) for parameter in kernel.parameters(d)}
 
 
 def _numbered(kernels: tuple[Kernel, ...], d: int) -> tuple[Parameter, ...]:

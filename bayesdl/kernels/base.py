@@ -189,7 +189,9 @@ class Kernel(abc.ABC):
         if z.dtype != x.dtype:
             fail(DtypeError, name, "x and z must share a dtype.", got=f"x {x.dtype}, z {z.dtype}", fix="pass z.to(x)")
         if z.device != x.device:
-            fail(DeviceError, name, "x and z must lie on one device.", got=f"{x.device}, {z.device}", fix="pass z.to(x)")
+            fail(
+                DeviceError, name, "x and z must lie on one device.", got=f"{x.device}, {z.device}", fix="pass z.to(x)"
+            )
 
     def _resolved(self, x: Tensor, params: Params | None) -> Params:
         return self._initial(x.shape[-1], x) if params is None else params
@@ -243,6 +245,11 @@ def align(value: Tensor, num_event: int, x: Tensor) -> Tensor:
     """Random numbers (F, *p, *event) with axes inserted after F, so that *p lines up with the batch axes of x."""
     missing = (x.ndim - 2) - (value.ndim - 1 - num_event)
     return value.reshape(value.shape[0], *([1] * max(missing, 0)), *value.shape[1:])
+
+
+def reduce_to(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient summed over the axes along which its parameter was broadcast."""
+    return grad if grad.shape == shape else grad.sum_to_size(shape)
 
 
 def draw_normal(shape: tuple[int, ...], params: Params, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 r"""The linear kernel: the GP that Bayesian linear regression without an intercept is.
 
-    k(x, z) = sum_k variance_k x_k z_k,        f(x) = w . x,  w_k ~ N(0, variance_k)
+k(x, z) = sum_k variance_k x_k z_k,        f(x) = w . x,  w_k ~ N(0, variance_k)
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bayesdl.hyper import LogNormal, Parameter
-from bayesdl.kernels.base import Functions, Lead, Params, Pullback, align, draw_uniform, get, per_row
-from bayesdl.kernels.stationary import PriorChoice, _OnColumns, check_positive
+from bayesdl.kernels.base import Functions, Lead, Params, Pullback, align, draw_uniform, get, per_row, reduce_to
+from bayesdl.kernels.columns import OnColumns, PriorChoice, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(_OnColumns):
+class Linear(OnColumns):
     """variance * x . z, with one variance for all columns or one each (ard=True).
 
     Attributes:
@@ -59,9 +59,8 @@ class Linear(_OnColumns):
         def pullback(p: Tensor) -> Params:
             with torch.no_grad():
                 per_column = (x * (p @ x)).sum(-2)
-                variance = params["variance"]
                 grad = per_column if self.ard else per_column.sum(-1)
-                return {"variance": grad.sum_to_size(variance.shape)}
+                return {"variance": reduce_to(grad, params["variance"].shape)}
 
         return value, pullback
 

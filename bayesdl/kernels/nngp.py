@@ -3,8 +3,8 @@ r"""The NNGP: the Gaussian process that a fully connected network becomes as its
     k_0(x, z) = w_std^2 x . z / d + b_std^2
     k_l(x, z) = w_std^2 F(k_{l-1}(x, x), k_{l-1}(x, z), k_{l-1}(z, z)) + b_std^2,        l = 1 .. depth
 
-with F the dual map of the activation (`bayesdl.ops.dual`). Weights are N(0, w_std^2 / fan-in), biases N(0, b_std^2), the
-same in every layer, read-out included.
+with F the dual map of the activation (`bayesdl.ops.dual`). Weights are N(0, w_std^2 / fan-in) and biases N(0, b_std^2),
+the same in every layer, read-out included.
 
 References: Lee et al. (2018), arXiv 1711.00165; Matthews et al. (2018), arXiv 1804.11271.
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 from bayesdl.errors import SettingError, fail
 from bayesdl.hyper import LogNormal, Parameter
 from bayesdl.kernels.algebra import inner
-from bayesdl.kernels.base import Functions, Lead, Params, Pullback, align, draw_normal, draw_uniform, get
-from bayesdl.kernels.stationary import PriorChoice, _OnColumns, check_positive
+from bayesdl.kernels.base import Functions, Lead, Params, Pullback, align, draw_normal, draw_uniform, get, reduce_to
+from bayesdl.kernels.columns import OnColumns, PriorChoice, check_positive
 from bayesdl.ops import dual
 
 
@@ -48,7 +48,7 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class NNGP(_OnColumns):
+class NNGP(OnColumns):
     """Kernel of an infinitely wide network with `depth` hidden layers.
 
     Attributes:
@@ -147,8 +147,8 @@ class NNGP(_OnColumns):
                         p = self._pull_layer(p, layers[level - 1], w2)
                 w_std, b_std = params["w_std"], params["b_std"]
                 return {
-                    "w_std": (2.0 * by_w / w_std).sum_to_size(w_std.shape),
-                    "b_std": (2.0 * by_b * b_std).sum_to_size(b_std.shape),
+                    "w_std": reduce_to(2.0 * by_w / w_std, w_std.shape),
+                    "b_std": reduce_to(2.0 * by_b * b_std, b_std.shape),
                 }
 
         return layers[-1], pullback

@@ -15,14 +15,25 @@ import torch
 from torch import Tensor
 
 from bayesdl.hyper import LogNormal, Parameter
-from bayesdl.kernels.base import Functions, Lead, Params, Pullback, align, draw_normal, draw_uniform, get, per_row
-from bayesdl.kernels.stationary import PriorChoice, _OnColumns, check_positive, difference_sum, reduce_to
+from bayesdl.kernels.base import (
+    Functions,
+    Lead,
+    Params,
+    Pullback,
+    align,
+    draw_normal,
+    draw_uniform,
+    get,
+    per_row,
+    reduce_to,
+)
+from bayesdl.kernels.columns import OnColumns, PriorChoice, check_positive, difference_sum
 from bayesdl.ops import profiles
 from bayesdl.ops.distance import sqdist, sqdist_centred
 
 
 @dataclass(frozen=True, kw_only=True)
-class Periodic(_OnColumns):
+class Periodic(OnColumns):
     """exp(-2 sum_k sin^2(pi (x_k - z_k) / period_k) / lengthscale_k).
 
     Attributes:

@@ -13,16 +13,14 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bayesdl.errors import SettingError, ShapeError, fail
-from bayesdl.hyper import HyperPrior, LogNormal, Parameter
+from bayesdl.hyper import LogNormal, Parameter
 from bayesdl.kernels.base import (
     Functions,
-    Kernel,
     Lead,
     Params,
     Pullback,
@@ -31,89 +29,17 @@ from bayesdl.kernels.base import (
     draw_uniform,
     get,
     per_row,
+    reduce_to,
 )
+from bayesdl.kernels.columns import OnColumns, PriorChoice, check_positive, difference_sum
 from bayesdl.ops import profiles
 from bayesdl.ops.distance import sqdist, sqdist_centred
 
-PriorChoice = HyperPrior | Literal["default"] | None
 _Closed = tuple[Tensor, Tensor, float, Pullback, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OnColumns(Kernel):
-    """What every leaf shares: the columns of x that it looks at."""
-
-    active_dims: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        dims = self.active_dims
-        if dims is None:
-            return
-        if len(dims) == 0 or len(set(dims)) != len(dims) or any(not isinstance(k, int) or k < 0 for k in dims):
-            fail(
-                SettingError,
-                type(self).__name__,
-                "active_dims must be distinct column numbers counted from 0.",
-                got=repr(dims),
-                fix="pass e.g. active_dims=(0, 2), or None for all columns",
-            )
-        object.__setattr__(self, "active_dims", tuple(dims))
-
-    def _width(self, d: int) -> int:
-        """How many of d columns are looked at."""
-        if self.active_dims is None:
-            return d
-        if max(self.active_dims) >= d:
-            fail(
-                ShapeError,
-                type(self).__name__,
-                f"active_dims {self.active_dims} need at least {max(self.active_dims) + 1} columns.",
-                got=f"d = {d}",
-                fix="pass wider inputs, or smaller column numbers",
-            )
-        return len(self.active_dims)
-
-    def _select(self, x: Tensor) -> Tensor:
-        self._width(x.shape[-1])
-        return x if self.active_dims is None else x[..., list(self.active_dims)]
-
-    def _per_column(self, name: str, value: float | tuple[float, ...], width: int) -> float | tuple[float, ...]:
-        if isinstance(value, tuple) and len(value) != width:
-            fail(
-                ShapeError,
-                type(self).__name__,
-                f"{name} must have one value for each of the {width} columns.",
-                got=f"{len(value)} values",
-                fix=f"pass {width} values, or one number for all",
-            )
-        return value
-
-
-def check_positive(where: str, name: str, value: float | tuple[float, ...] | None, per_dimension: bool) -> None:
-    """Refuse initial values that are not positive and finite, and a tuple where one number is shared."""
-    if value is None:
-        return
-    values = value if isinstance(value, tuple) else (value,)
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf for v in values):
-        fail(
-            SettingError,
-            where,
-            f"{name} must be positive and finite, a number or a tuple of numbers.",
-            got=repr(value),
-            fix=f"pass {name}=0.5 or {name}=(0.5, 2.0)",
-        )
-    if isinstance(value, tuple) and not per_dimension:
-        fail(
-            SettingError,
-            where,
-            f"one {name} is shared by all columns when ard=False.",
-            got=repr(value),
-            fix=f"pass a single {name}, or ard=True",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stationary(_OnColumns):
+class _Stationary(OnColumns):
     lengthscale: float | tuple[float, ...] | None = None
     ard: bool = True
     lengthscale_prior: PriorChoice = "default"
@@ -204,17 +130,6 @@ class _Stationary(_OnColumns):
     @abc.abstractmethod
     def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
         """Draws from the spectral density at unit lengthscale, shape (*shape, width)."""
-
-
-def difference_sum(q: Tensor, u: Tensor, with_ones: Tensor) -> Tensor:
-    """sum_j q_ij (u_i - u_j), shape (*b n k), given (u, 1): the part of a distance's gradient that both sides share."""
-    product = q @ with_ones
-    return torch.addcmul(product[..., :-1], u, product[..., -1:], value=-1.0).neg_()
-
-
-def reduce_to(grad: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient summed over the axes along which its parameter was broadcast."""
-    return grad if grad.shape == shape else grad.sum_to_size(shape)
 
 
 def _no_extra(p: Tensor) -> Params:

@@ -81,10 +81,16 @@ class ModuleNetwork:
         self._named = [(name, p.shape) for name, p in module.named_parameters()]
         self.num_weights = sum(shape.numel() for _, shape in self._named)
         _check_module(module)
-        probe = torch.zeros(2, d, dtype=next(module.parameters()).dtype, device=next(module.parameters()).device)
+        first = next(module.parameters())
+        probe = torch.zeros(2, d, dtype=first.dtype, device=first.device)
         try:
-            shape = tuple(self._module(probe).shape)
+            with torch.no_grad():
+                shape = tuple(self.forward(probe.new_zeros(1, self.num_weights), probe).shape[1:])
         except RuntimeError as error:
+            # vmap refuses random numbers, so that functional dropout shows itself without a draw from the global state
+            if "random" in str(error):
+                wanted = "module must be a fixed function of its weights and one input at a time."
+                fail(SettingError, "BNN", wanted, got="random numbers in its forward pass", fix="module.eval(), or no dropout")
             wanted = f"module must take inputs of shape (n, {d})."
             fail(ShapeError, "BNN", wanted, got=str(error).splitlines()[0], fix=f"set the first layer to {d} features")
         if shape != (2, outputs):
@@ -130,8 +136,10 @@ def _check_module(module: nn.Module) -> None:
         fail(SettingError, "BNN", "module must have parameters.", got=repr(module)[:80], fix="pass a network with weights")
     for name, part in module.named_modules():
         stochastic = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 and part.training
-        batch = isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training
+        # without running statistics it normalises over the batch in eval mode, too
+        batch = isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None)
         if stochastic or batch:
             wanted = "module must be a fixed function of its weights and one input at a time."
+            mode = "in training mode" if part.training else "without running statistics"
             fix = "module.eval(), or LayerNorm in place of BatchNorm, and no Dropout"
-            fail(SettingError, "BNN", wanted, got=f"{type(part).__name__} in training mode at {name!r}", fix=fix)
+            fail(SettingError, "BNN", wanted, got=f"{type(part).__name__} {mode} at {name!r}", fix=fix)

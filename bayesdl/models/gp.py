@@ -97,7 +97,7 @@ class Layout:
         values, at = {}, 0
         for p in self.parameters:
             piece = p.lower + theta[..., at : at + _size(p)].exp()
-            values[p.name] = piece.reshape(*theta.shape[:-1], *p.shape)
+            values[p.name] = piece.reshape((*theta.shape[:-1], *p.shape))
             at += _size(p)
         return values, theta[..., at] if self.has_mean else theta.new_zeros(theta.shape[:-1])
 

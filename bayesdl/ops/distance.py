@@ -56,6 +56,7 @@ def sqdist_centred(x: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
 
     Returns the multiples (*b n n), which the caller may overwrite, and (x, 1) (*b n d+1), which gradients need as well.
     """
+    # |x_i - x_j|^2 = (-2 x_i, |x_i|^2, 1) . (x_j, 1, |x_j|^2)
     norm = (x * x).sum(-1, keepdim=True).mul_(factor)
     ones = torch.ones_like(norm)
     right = torch.cat([x, ones, norm], -1)

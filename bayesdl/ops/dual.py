@@ -7,8 +7,8 @@ With s = sqrt(a b), c = r / s and t = arccos c,
     relu:  F = s (sin t + (pi - t) c) / (2 pi)              dF/dr = (pi - t) / (2 pi)
     erf:   F = (2 / pi) arcsin(2 r / sqrt((1 + 2a)(1 + 2b)))
 
-The relu map is homogeneous of degree 1, so that dF/da = (F - r dF/dr) / (2a) = s sin t / (4 pi a): at c = +-1, where the
-derivative of arccos does not exist, none of these does anything unusual.
+The relu map is homogeneous of degree 1, so that dF/da = (F - r dF/dr) / (2a) = s sin t / (4 pi a): at c = +-1, where
+arccos has no derivative, none of these does anything unusual.
 
 References: Cho, Saul (2009), "Kernel methods for deep learning"; Williams (1997), "Computing with infinite networks".
 """

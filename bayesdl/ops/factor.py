@@ -1,6 +1,6 @@
 r"""Batched Cholesky factorisation with jitter that is added only where it is needed, and recorded.
 
-    L L' = A + jitter I,        jitter = 0 unless the plain factorisation of that element failed
+L L' = A + jitter I,        jitter = 0 unless the plain factorisation of that element failed
 """
 
 from __future__ import annotations
@@ -46,17 +46,28 @@ def cholesky(a: Tensor, *, max_tries: int = 6) -> CholeskyResult:
     Cost: n^3 / 3 multiplications per element, and as much again for each try of each element that fails.
     """
     if a.ndim < 2 or a.shape[-1] != a.shape[-2]:
-        fail(ShapeError, "ops.cholesky", "a must have shape (*b, n, n).", got=str(tuple(a.shape)), fix="pass a square matrix")
+        fail(
+            ShapeError,
+            "ops.cholesky",
+            "a must have shape (*b, n, n).",
+            got=str(tuple(a.shape)),
+            fix="pass a square matrix",
+        )
+    return factor_or_retry(a, max_tries)[0]
+
+
+def factor_or_retry(a: Tensor, max_tries: int = 6) -> tuple[CholeskyResult, bool]:
+    """`cholesky` without its check of shapes, and whether all went well at once: the device is asked only that once."""
     factor, info = torch.linalg.cholesky_ex(a)
     jitter = torch.zeros(a.shape[:-2], dtype=a.dtype, device=a.device)
-    if a.numel() == 0:
-        return CholeskyResult(factor, jitter, info != 0)
-    # Some backends report success on NaN input, so the last pivot decides as well: NaN anywhere below it reaches it.
-    good = factor.detach()[..., -1, -1] > 0
     failed = info != 0
-    if bool(good.all()) and not bool(failed.any()):
-        return CholeskyResult(factor, jitter, failed)
-    return _retry(a, factor, jitter, failed | ~good, max_tries)
+    if a.numel() == 0:
+        return CholeskyResult(factor, jitter, failed), True
+    # Some backends report success on NaN input, so the last pivot decides as well: NaN anywhere below it reaches it.
+    failed |= ~(factor.detach()[..., -1, -1] > 0)
+    if not bool(failed.any()):
+        return CholeskyResult(factor, jitter, failed), True
+    return _retry(a, factor, jitter, failed, max_tries), False
 
 
 def _retry(a: Tensor, factor: Tensor, jitter: Tensor, failed: Tensor, max_tries: int) -> CholeskyResult:

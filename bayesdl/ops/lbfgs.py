@@ -158,7 +158,7 @@ class _Run:
     def _new_search(self, rows: Tensor, first: bool = False) -> None:
         """Direction, slope and an open bracket for `rows`."""
         if first:
-            p, d = self.theta.shape
+            p = self.theta.shape[0]
             self.direction, self.slope = torch.zeros_like(self.theta), self.theta.new_zeros(p)
             self.t, self.low, self.high = (self.theta.new_zeros(p) for _ in range(3))
             self.low_value, self.low_slope = self.theta.new_zeros(p), self.theta.new_zeros(p)
@@ -205,8 +205,11 @@ class _Run:
         spent = self.trials[rows] >= _MAX_TRIALS
         accept = ~too_long & (~too_short | spent)
         self._narrow(rows, t, value, slope, too_long & ~spent, too_short & ~spent, finite)
-        # Out of trials without any decrease: the numbers allow no further progress along this line.
+        # Out of trials without any decrease: the numbers allow no further progress along this line. Where a full step
+        # promised next to none, that is what converging looks like.
         stuck = too_long & spent
+        promised = -self.slope[rows] <= self.tolerance_change * self.value[rows].abs().clamp_min(1.0)
+        self.converged[rows[stuck & promised]] = True
         kept = rows[accept]
         self._accept(kept, theta[accept], value[accept], grad[accept])
         stop = torch.zeros_like(self.converged)

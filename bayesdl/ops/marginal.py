@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bayesdl.errors import ShapeError, fail
-from bayesdl.ops.factor import cholesky
+from bayesdl.ops.factor import factor_or_retry
 
 Params = dict[str, Tensor]
 ValueAndPullback = Callable[[Tensor, Params], tuple[Tensor, Callable[[Tensor], Params]]]
@@ -85,21 +85,16 @@ def mll_and_grad(
             return _tile(value_and_pullback, x, params, residual, noise_variance)
         total, n = math.prod(batch), x.shape[-2]
         step = _tile_size(x, n, total, tile_bytes)
-        flat_x = x if x.ndim == 2 else x.reshape(total, *x.shape[-2:])
+        flat_x = None if x.ndim == 2 else x.reshape(total, *x.shape[-2:])
         flat_params = {name: value.reshape(total, *value.shape[len(batch) :]) for name, value in params.items()}
         flat_residual, flat_noise = residual.reshape(total, n), noise_variance.reshape(total)
         tiles = []
         for start in range(0, max(total, 1), step):
-            rows = slice(start, start + step)
-            tiles.append(
-                _tile(
-                    value_and_pullback,
-                    flat_x if x.ndim == 2 else flat_x[rows],
-                    {name: value[rows] for name, value in flat_params.items()},
-                    flat_residual[rows],
-                    flat_noise[rows],
-                )
-            )
+            # A tile of one goes without its batch axis, which saves more at small n than one would think.
+            rows = start if step == 1 and total > 0 else slice(start, start + step)
+            tile_x = x if flat_x is None else flat_x[rows]
+            tile_params = {name: value[rows] for name, value in flat_params.items()}
+            tiles.append(_tile(value_and_pullback, tile_x, tile_params, flat_residual[rows], flat_noise[rows]))
         return _join(tiles, batch)
 
 
@@ -147,7 +142,7 @@ def _tile(
     diagonal = k.diagonal(dim1=-2, dim2=-1)
     without_noise = diagonal.clone()
     diagonal.add_(noise_variance.unsqueeze(-1))
-    chol, jitter, failed = cholesky(k)
+    (chol, jitter, failed), clean = factor_or_retry(k)
     diagonal.copy_(without_noise)
     alpha, inverse = _solve_and_invert(chol, residual.unsqueeze(-1))
     column = alpha.squeeze(-1)
@@ -160,7 +155,7 @@ def _tile(
     by_noise = by_a.diagonal(dim1=-2, dim2=-1).sum(-1)
     grads = pullback(by_a)
     result = Marginal(value, grads, by_noise, column.neg(), jitter, failed)
-    return _without_failed(result) if bool(failed.any()) else result
+    return result if clean else _without_failed(result)
 
 
 def _solve_and_invert(chol: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,22 +195,20 @@ def _tile_size(x: Tensor, n: int, total: int, tile_bytes: int | None) -> int:
 
 
 def _join(tiles: list[Marginal], batch: torch.Size) -> Marginal:
-    if len(tiles) == 1:
-        joined = tiles[0]
-    else:
-        params = {name: torch.cat([tile.params[name] for tile in tiles]) for name in tiles[0].params}
-        value, noise, residual, jitter, failed = (
-            torch.cat([tile[i] for tile in tiles]) for i in (0, 2, 3, 4, 5)
-        )
-        joined = Marginal(value, params, noise, residual, jitter, failed)
-    return Marginal(
-        joined.value.reshape(batch),
-        {name: grad.reshape(*batch, *grad.shape[1:]) for name, grad in joined.params.items()},
-        joined.noise_variance.reshape(batch),
-        joined.residual.reshape(*batch, joined.residual.shape[-1]),
-        joined.jitter.reshape(batch),
-        joined.failed.reshape(batch),
-    )
+    """The tiles one after another, in the shape of the batch."""
+
+    def joined(parts: list[Tensor], num_event: int) -> Tensor:
+        event = parts[0].shape[parts[0].ndim - num_event :]
+        whole = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1, *event) for part in parts])
+        return whole.reshape(*batch, *event)
+
+    single = tiles[0].value.ndim
+    params = {
+        name: joined([tile.params[name] for tile in tiles], grad.ndim - single)
+        for name, grad in tiles[0].params.items()
+    }
+    value, noise, jitter, failed = (joined([tile[i] for tile in tiles], 0) for i in (0, 2, 4, 5))
+    return Marginal(value, params, noise, joined([tile.residual for tile in tiles], 1), jitter, failed)
 
 
 def _check(x: Tensor, params: Params, residual: Tensor, batch: torch.Size) -> None:

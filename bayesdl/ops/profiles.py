@@ -67,27 +67,25 @@ class _Matern(torch.autograd.Function):
 
 def matern_inplace(u: Tensor, nu: float) -> tuple[Tensor, Tensor]:
     """Value, and a tensor that is the slope in d2 up to `matern_slope_factor(nu)`; u = 2 nu d2 is consumed."""
-    s = u.sqrt_().neg_()
-    decay = s.exp()
+    r = u.sqrt()
+    decay = r.neg().exp_()
     if nu == 0.5:
-        slope = decay / s
-        slope.masked_fill_(s == 0, 0.0)
+        slope = torch.div(decay, r, out=u)
+        slope.masked_fill_(r == 0, 0.0)
         return decay, slope
+    # (1 + r) exp(-r) is the value of nu = 1.5 and the slope of nu = 2.5, where u / 3 exp(-r) more is the value.
+    middle = torch.addcmul(decay, decay, r, out=r)
     if nu == 1.5:
-        return torch.addcmul(decay, decay, s, value=-1.0, out=s), decay
-    # (1 + r) exp(-r) has the shape of the slope, and adding r^2 exp(-r) / 3 makes it the value.
-    slope = torch.addcmul(decay, decay, s, value=-1.0)
-    return torch.addcmul(slope, s.mul_(s), decay, value=1.0 / 3.0, out=s), slope
+        return middle, decay
+    return torch.addcmul(middle, u, decay, value=1.0 / 3.0, out=u), middle
 
 
 def matern_slope_factor(nu: float) -> float:
     """What the second result of `matern_inplace` must be multiplied by to be dk / d(d2)."""
-    return {0.5: 0.5, 1.5: -1.5, 2.5: -5.0 / 6.0}[nu]
+    return {0.5: -0.5, 1.5: -1.5, 2.5: -5.0 / 6.0}[nu]
 
 
 def rational_quadratic_inplace(d2: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """Value, and t = 1 + d2 / (2 alpha); the slope is -value / (2 t); `d2` is consumed."""
     t = d2.div_(2.0 * alpha).add_(1.0)
     return t.log().mul_(-alpha).exp_(), t
-
-

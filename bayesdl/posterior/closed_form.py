@@ -54,7 +54,7 @@ class GPPosterior(Posterior):
         """Values by name in standardised units: "kernel.…" and "noise_variance", with shape (*b, [k,] …), and "mean"."""
         values = {**self._values, "mean": self._constant}
         axis = len(self._data.batch_shape)
-        return {name: v.clone() if self._data.has_outputs else v.squeeze(axis) for name, v in values.items()}
+        return {name: (v if self._data.has_outputs else v.squeeze(axis)).clone() for name, v in values.items()}
 
     def predict(self, x: Any, *, noise: bool = True) -> Normal:
         """Normal distribution of y (or of f with noise=False) at each x; see `Posterior.predict`."""
@@ -78,7 +78,7 @@ class GPPosterior(Posterior):
         k_xs, inner = self._cross(x)
         k_ss = self._model.kernel(inner, params=self._kernel_values())
         mean, covariance = ops.joint_moments(self._state, k_xs, k_ss)
-        factor = ops.cholesky(covariance).factor
+        factor = _root(covariance)
         shape = (*sample_shape, *mean.shape, 1)
         z = torch.randn(shape, generator=generator(seed, mean.device), dtype=mean.dtype, device=mean.device)
         draws = (mean + (factor @ z).squeeze(-1) + self._constant.unsqueeze(-1)).movedim(-2, -1)
@@ -161,6 +161,23 @@ class GPPosterior(Posterior):
         noise = self._values["noise_variance"].sqrt() * self._units.y_scale.squeeze(-2)
         log_likelihood = torch.distributions.Normal(draws, self._squeeze(noise.unsqueeze(-2)).to(draws)).log_prob(y)
         return {"posterior": {"f": draws}, "observed_data": {"y": y}, "log_likelihood": {"y": log_likelihood}}
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R (*b, s, s) with R R' = covariance, by Cholesky, or by eigenvalues where rounding has left some below zero.
+
+    Far below the prior variance, as at the inputs of nearly noise-free data, rounding outweighs what jitter in
+    proportion to the covariance itself can mend.
+    """
+    factor, _, failed = ops.cholesky(covariance)
+    if not bool(failed.any()):
+        return factor
+    s = covariance.shape[-1]
+    lost = failed.reshape(-1).nonzero().squeeze(-1)
+    values, vectors = torch.linalg.eigh(covariance.reshape(-1, s, s)[lost])
+    floor = torch.finfo(values.dtype).eps * values[..., -1:].clamp_min(0.0)
+    roots = vectors * torch.maximum(values, floor).sqrt().unsqueeze(-2)
+    return factor.reshape(-1, s, s).index_copy(0, lost, roots).reshape(covariance.shape)
 
 
 def evidence_in_units(log_marginal: Tensor, units: Units, n: int) -> Tensor:

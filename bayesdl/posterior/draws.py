@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from bayesdl._random import Seed
 from bayesdl.data import TrainingData, Units
 from bayesdl.distributions import Bernoulli, Categorical, Empirical, GaussianMixture
+from bayesdl.errors import StorageError, fail
 from bayesdl.posterior.base import Functions, Posterior, member_indices
 
 _CHUNK = 2**24  # function values evaluated at once: 128 MB in float64 for each layer
@@ -112,30 +113,40 @@ class DrawsPosterior(Posterior):
     @classmethod
     def _from_parts(cls, shared: dict[str, Any], record: dict[str, Any], tensors: dict[str, Tensor]) -> DrawsPosterior:
         stats = {name.removeprefix("stats."): v for name, v in tensors.items() if name.startswith("stats.")}
-        return cls(**shared, draws=tensors["draws"], stats=stats)
+        posterior = cls(**shared, draws=tensors["draws"], stats=stats)
+        expected, found = posterior._space.dim, posterior._draws.shape[-1]
+        if found != expected:
+            wanted = f"the network must have the weights of the one that was fitted, {found} coordinates in all."
+            fix = "build the network as it was when the posterior was saved"
+            fail(StorageError, "bdl.load", wanted, got=f"a network with {expected}", fix=fix)
+        return posterior
 
     def _arviz_groups(self) -> dict[str, Any]:
         chains, draws = self._draws.shape[-3:-1]
         members = self._members()
         f = self._latent(members, self._data.x)
         _, params, _ = self._space.split(members)
-        inner_y = self._units.inward_y(self._data.y, f.dtype) if self._space.likelihood.task == "regression" else self._data.y
-        pointwise = torch.stack(
-            [
-                self._space.likelihood.log_prob(f[..., i : i + 1, :], inner_y.unsqueeze(-3)[..., i : i + 1, :], params)
-                for i in range(f.shape[-2])
-            ],
-            -1,
-        )
-        if self._space.likelihood.task == "regression":
-            pointwise = pointwise - self._units.y_scale.log().sum((-2, -1)).unsqueeze(-1).unsqueeze(-1).to(pointwise)
         values = self._squeeze_members(self._outward(f.movedim(-3, -1))).movedim(-1, 0)
         posterior = {"f": values.reshape(chains, draws, *values.shape[1:])}
-        posterior |= {name: v.reshape(chains, draws, *v.shape[1:]) for name, v in params.items() if not self._data.batch_shape}
+        if "noise_variance" in params and not self._data.batch_shape:
+            variance = self._squeeze(params["noise_variance"] * self._units.y_scale.squeeze(-2).square())
+            posterior["noise_variance"] = variance.reshape(chains, draws, *variance.shape[1:])
         y = self._data.y if self._data.has_outputs else self._data.y.squeeze(-1)
-        log_likelihood = pointwise.movedim(-2, 0)
-        log_likelihood = log_likelihood.reshape(chains, draws, *log_likelihood.shape[1:])
+        pointwise = self._squeeze(self._pointwise(f, params)).movedim(len(self._data.batch_shape), 0)
+        log_likelihood = pointwise.reshape(chains, draws, *pointwise.shape[1:])
         groups = {"posterior": posterior, "observed_data": {"y": y}, "log_likelihood": {"y": log_likelihood}}
         if self._stats and not self._data.batch_shape:
             groups["sample_stats"] = self._stats
         return groups
+
+    def _pointwise(self, f: Tensor, params: dict[str, Tensor]) -> Tensor:
+        """log p(y_ij | f) in the user's units for every draw, (*b, S, n, k), from f (*b, S, n, outputs)."""
+        likelihood, y = self._space.likelihood, self._data.y
+        if likelihood.task == "multiclass":
+            return likelihood.log_prob(f.unsqueeze(-2), y.unsqueeze(-2).unsqueeze(-4), {}).unsqueeze(-1)
+        if likelihood.task == "regression":
+            y = self._units.inward_y(y, f.dtype)
+        each = {name: v.unsqueeze(-2).unsqueeze(-1) for name, v in params.items()}  # (*b, S, 1, k, 1)
+        # every point and output becomes a data set of one point and one output
+        value = likelihood.log_prob(f[..., None, None], y.unsqueeze(-3)[..., None, None], each)
+        return value - self._units.y_scale.log().unsqueeze(-3).to(value)

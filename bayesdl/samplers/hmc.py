@@ -120,7 +120,9 @@ def run(
 
     Groups are independent problems of one shape, such as the same network on several data sets: each adapts its own
     step size and metric, and all see the same random numbers, so that a run of groups equals a loop over them up to
-    rounding. Chains of a group share what is adapted; with `num_warmup=0` a chain does not depend on the others.
+    rounding. Chains of a group share the metric, and from the last part of warm-up on the step size; before, each
+    chain has its own, so that those started in steep places arrive as well. With `num_warmup=0` and a given step size
+    a chain does not depend on the others.
 
     Args:
         log_density: Unnormalised, unconstrained, differentiable and batched: (*g, C, D) to (*g, C).
@@ -140,6 +142,7 @@ def run(
 
     Raises:
         ShapeError: `initial` is not (*g, C, D), or `log_density` does not give one value per chain.
+        DtypeError: `initial` is not floating.
         SettingError: A setting is out of range, or `log_density` carries no gradient.
         NumericalError: `log_density` is nowhere finite at the initial points of a group, or some chain has still found
             no finite value when warm-up ends.
@@ -302,9 +305,11 @@ def _warm_up(
 
 
 def _pool(parameters: Parameters, state: State) -> Parameters:
+    """One step size for all chains of a group."""
+    if parameters.step_size.shape[-1] == 1:
+        return parameters
     counts = state.log_density.isfinite()
-    step_size = parameters.step_size.expand_as(state.log_density)
-    return parameters._replace(step_size=adaptation.pool_step_sizes(step_size, counts))
+    return parameters._replace(step_size=adaptation.pool_step_sizes(parameters.step_size, counts))
 
 
 def _check_alive(state: State) -> None:

@@ -17,9 +17,9 @@ _BATCHES = ((), (3,), (2, 3))
 def check_kernel(kernel: Kernel, *, d: int = 3, seed: int = 0) -> None:
     """Assert that the parts of a kernel agree with each other and with what a kernel is.
 
-    Symmetry and positive semi-definiteness, an exact diagonal, batches equal to loops, the closed-form pullback equal to
-    autograd, gradients equal to finite differences and finite at duplicate rows, float32 in and out, shapes refused at
-    the door, the global random state left alone, and prior functions whose covariance is the kernel.
+    Symmetry and positive semi-definiteness, an exact diagonal, batches equal to loops, the closed-form pullback equal
+    to autograd, gradients equal to finite differences and finite at duplicate rows, float32 in and out, shapes refused
+    at the door, the global random state left alone, and prior functions whose covariance is the kernel.
 
     Args:
         kernel: The kernel to check.
@@ -123,7 +123,9 @@ def _pullback_is_the_gradient(case: _Case) -> None:
                 assert grad.shape == params[name].shape, f"gradient of {name} has shape {tuple(grad.shape)}"
                 assert not grad.requires_grad, "the pullback must not record a graph"
                 error = float((grad - wanted[name]).abs().max()) if grad.numel() else 0.0
-                assert error <= 1e-10 * max(scale, 1e-300), f"the pullback onto {name} differs from autograd by {error:.1e}"
+                assert error <= 1e-10 * max(scale, 1e-300), (
+                    f"the pullback onto {name} differs from autograd by {error:.1e}"
+                )
 
 
 def _gradients_are_right(case: _Case) -> None:

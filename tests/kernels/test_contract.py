@@ -156,7 +156,8 @@ def test_second_derivatives_in_x_are_right():
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     z = torch.randn(2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for kernel in (RBF(lengthscale=0.8), Matern(nu=2.5, lengthscale=0.7), NNGP(depth=2), Periodic(period=2.0)):
-        assert torch.autograd.gradgradcheck(lambda x, k=kernel: k(x, z), x, atol=1e-5)
+        weights = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64).reshape(3, 2).requires_grad_()
+        assert torch.autograd.gradgradcheck(lambda x, k=kernel: k(x, z), x, weights, atol=1e-5)
 
 
 def test_far_offsets_do_not_cost_digits():

@@ -94,6 +94,11 @@ def test_a_transition_is_a_pure_function_and_reports_what_it_did():
     assert torch.equal(info.accepted, arguments[4] < info.acceptance_rate)
     torch.testing.assert_close(first.log_density, normal(first.q))
     torch.testing.assert_close(first.grad, -first.q)
+    # Mass 1: the energy at the start is known; a rejected chain keeps it, an accepted one reports that of the end.
+    start = 0.5 * arguments[3].square().sum(-1) - normal(state.q)
+    torch.testing.assert_close(info.energy[~info.accepted], start[~info.accepted])
+    rate = torch.exp(start - info.energy).clamp(max=1)
+    torch.testing.assert_close(info.acceptance_rate[info.accepted], rate[info.accepted])
 
 
 def test_ends_that_are_not_finite_or_far_too_high_are_rejected_as_divergences():

@@ -1,0 +1,1 @@
+"""Other libraries: one file each, and the only place that imports them."""

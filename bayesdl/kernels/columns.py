@@ -1,0 +1,95 @@
+"""What kernels of raw inputs share: the columns that they look at, their settings' checks, a sum over differences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bayesdl.errors import SettingError, ShapeError, fail
+from bayesdl.hyper import HyperPrior
+from bayesdl.kernels.base import Kernel
+
+PriorChoice = HyperPrior | Literal["default"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnColumns(Kernel):
+    """What every leaf shares: the columns of x that it looks at."""
+
+    active_dims: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        dims = self.active_dims
+        if dims is None:
+            return
+        if len(dims) == 0 or len(set(dims)) != len(dims) or any(not isinstance(k, int) or k < 0 for k in dims):
+            fail(
+                SettingError,
+                type(self).__name__,
+                "active_dims must be distinct column numbers counted from 0.",
+                got=repr(dims),
+                fix="pass e.g. active_dims=(0, 2), or None for all columns",
+            )
+        object.__setattr__(self, "active_dims", tuple(dims))
+
+    def _width(self, d: int) -> int:
+        """How many of d columns are looked at."""
+        if self.active_dims is None:
+            return d
+        if max(self.active_dims) >= d:
+            fail(
+                ShapeError,
+                type(self).__name__,
+                f"active_dims {self.active_dims} need at least {max(self.active_dims) + 1} columns.",
+                got=f"d = {d}",
+                fix="pass wider inputs, or smaller column numbers",
+            )
+        return len(self.active_dims)
+
+    def _select(self, x: Tensor) -> Tensor:
+        self._width(x.shape[-1])
+        return x if self.active_dims is None else x[..., list(self.active_dims)]
+
+    def _per_column(self, name: str, value: float | tuple[float, ...], width: int) -> float | tuple[float, ...]:
+        if isinstance(value, tuple) and len(value) != width:
+            fail(
+                ShapeError,
+                type(self).__name__,
+                f"{name} must have one value for each of the {width} columns.",
+                got=f"{len(value)} values",
+                fix=f"pass {width} values, or one number for all",
+            )
+        return value
+
+
+def check_positive(where: str, name: str, value: float | tuple[float, ...] | None, per_dimension: bool) -> None:
+    """Refuse initial values that are not positive and finite, and a tuple where one number is shared."""
+    if value is None:
+        return
+    values = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf for v in values):
+        fail(
+            SettingError,
+            where,
+            f"{name} must be positive and finite, a number or a tuple of numbers.",
+            got=repr(value),
+            fix=f"pass {name}=0.5 or {name}=(0.5, 2.0)",
+        )
+    if isinstance(value, tuple) and not per_dimension:
+        fail(
+            SettingError,
+            where,
+            f"one {name} is shared by all columns when ard=False.",
+            got=repr(value),
+            fix=f"pass a single {name}, or ard=True",
+        )
+
+
+def difference_sum(q: Tensor, u: Tensor, with_ones: Tensor) -> Tensor:
+    """sum_j q_ij (u_i - u_j), shape (*b n k), given (u, 1): the part of a distance's gradient that both sides share."""
+    product = q @ with_ones
+    return torch.addcmul(product[..., :-1], u, product[..., -1:], value=-1.0).neg_()
