@@ -1,4 +1,4 @@
-"""Checks at the door: what comes in is a finite tensor of the right shape, dtype and device, or an error that says so."""
+"""Checks at the door: what comes in is a finite tensor of the right shape, dtype and device, or an error says so."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def as_tensor(where: str, name: str, value: Any) -> Tensor:
 def numbers(where: str, name: str, value: Any) -> Tensor:
     """A tensor from a tensor, a numpy array, a pandas frame or series, or nested lists; integers stay integers.
 
-    Arrays are copied, so that later changes to the caller's data cannot reach a posterior; tensors are not. Missing cells
-    of pandas become NaN.
+    Arrays are copied, so that later changes to the caller's data cannot reach a posterior; tensors are not. Missing
+    cells of pandas become NaN.
 
     Raises:
         DtypeError: Text, objects, complex numbers, or floats of another width than 32 and 64 bits.
@@ -42,7 +42,13 @@ def numbers(where: str, name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         tensor = value
         if tensor.layout != torch.strided:
-            fail(DataError, where, f"{name} must be dense.", got=f"{describe(value)} {value.layout}", fix=f"{name}.to_dense()")
+            fail(
+                DataError,
+                where,
+                f"{name} must be dense.",
+                got=f"{describe(value)} {value.layout}",
+                fix=f"{name}.to_dense()",
+            )
     else:
         array = _as_array(where, name, value)
         if array.dtype.kind not in "fiub":
@@ -55,7 +61,13 @@ def numbers(where: str, name: str, value: Any) -> Tensor:
         # own memory, in native byte order, with positive strides: torch refuses anything else
         tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True))
     if tensor.dtype not in _FLOATS and (tensor.is_floating_point() or tensor.is_complex()):
-        fail(DtypeError, where, f"{name} must be float32 or float64.", got=describe(tensor), fix=f"{name}.to(torch.float64)")
+        fail(
+            DtypeError,
+            where,
+            f"{name} must be float32 or float64.",
+            got=describe(tensor),
+            fix=f"{name}.to(torch.float64)",
+        )
     return tensor
 
 
@@ -79,20 +91,23 @@ def finite(where: str, name: str, value: Tensor) -> None:
     bad = ~torch.isfinite(value)
     if bool(bad.any()):
         place = tuple(int(i) for i in torch.nonzero(bad)[0])
-        fail(
-            DataError,
-            where,
-            f"{name} must be finite.",
-            got=f"{int(bad.sum())} of {value.numel()} entries are not; the first is {float(value[place])} at {name}{list(place)}",
-            fix=f"drop or impute those rows, for instance with torch.isfinite({name})",
-        )
+        first = f"{float(value[place])} at {name}{list(place)}"
+        got = f"{int(bad.sum())} of {value.numel()} entries are not; the first is {first}"
+        fix = f"drop or impute those rows, for instance with torch.isfinite({name})"
+        fail(DataError, where, f"{name} must be finite.", got=got, fix=fix)
 
 
 def alike(where: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Raise DtypeError or DeviceError unless `value` has the dtype and the device of `other`."""
     got = f"{other_name} {describe(other)}, {name} {describe(value)}"
     if value.dtype != other.dtype:
-        fail(DtypeError, where, f"{name} must have the dtype of {other_name}.", got=got, fix=f"{name}.to({other_name}.dtype)")
+        fail(
+            DtypeError,
+            where,
+            f"{name} must have the dtype of {other_name}.",
+            got=got,
+            fix=f"{name}.to({other_name}.dtype)",
+        )
     if value.device != other.device:
         wanted = f"{name} must lie on the device of {other_name}."
         fail(DeviceError, where, wanted, got=got, fix=f"{name}.to({other_name}.device)")
@@ -106,7 +121,9 @@ def inputs(where: str, name: str, x: Tensor, d: int | None = None) -> None:
         fail(ShapeError, where, wanted, got=describe(x), fix=fix)
     if x.shape[-1] == 0 or (d is not None and x.shape[-1] != d):
         columns = "at least one column" if d is None else f"{d} columns, as in training"
-        fail(ShapeError, where, f"{name} must have {columns}.", got=describe(x), fix="pass the features used in training")
+        fail(
+            ShapeError, where, f"{name} must have {columns}.", got=describe(x), fix="pass the features used in training"
+        )
 
 
 def choice(where: str, name: str, value: Any, options: tuple[Any, ...]) -> None:
@@ -121,7 +138,13 @@ def at_least(where: str, name: str, value: Any, least: float, *, integer: bool =
     kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, kinds) or not np.isfinite(value) or value < least:
         noun = "an integer" if integer else "a finite number"
-        fail(SettingError, where, f"{name} must be {noun} of at least {least}.", got=repr(value), fix=f"pass {least} or more")
+        fail(
+            SettingError,
+            where,
+            f"{name} must be {noun} of at least {least}.",
+            got=repr(value),
+            fix=f"pass {least} or more",
+        )
 
 
 def inside(where: str, name: str, value: Any, low: float, high: float) -> None:
@@ -129,6 +152,8 @@ def inside(where: str, name: str, value: Any, low: float, high: float) -> None:
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not number or not low < value < high:
         bounded = np.isfinite(high)
-        wanted = f"{name} must lie between {low} and {high}." if bounded else f"{name} must be a finite number above {low}."
+        wanted = (
+            f"{name} must lie between {low} and {high}." if bounded else f"{name} must be a finite number above {low}."
+        )
         example = (low + high) / 2 if bounded else low + 1
         fail(SettingError, where, wanted, got=repr(value), fix=f"pass {example}, say")

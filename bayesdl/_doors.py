@@ -1,7 +1,7 @@
 """The few doors through which a lower room reaches a higher one, when called.
 
-Imports of this package point downward. Where a method of a lower room is an exit to a higher one (a posterior to ArviZ, a
-file back to a posterior), it goes through a function here, which imports what it needs inside.
+Imports of this package point downward. Where a method of a lower room is an exit to a higher one (a posterior to ArviZ,
+a file back to a posterior), it goes through a function here, which imports what it needs inside.
 """
 
 from __future__ import annotations
@@ -40,7 +40,13 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> Po
     kind, model = forms[form]
     if not isinstance(shared["model"], model):
         got = repr(shared["model"])[:200]
-        fail(StorageError, "bdl.load", f"a {kind.__name__} has a {model.__name__}.", got=got, fix="save the posterior again")
+        fail(
+            StorageError,
+            "bdl.load",
+            f"a {kind.__name__} has a {model.__name__}.",
+            got=got,
+            fix="save the posterior again",
+        )
     try:
         return kind._from_parts(shared, record, tensors)
     except KeyError as error:
@@ -56,12 +62,12 @@ def _resolve(kind: str) -> type:
     from bayesdl.errors import StorageError, fail
 
     room, _, name = kind.partition(".")
-    if room in _ROOMS_WITH_RECORDS:
-        found: Any = getattr(importlib.import_module(f"bayesdl.{room}"), name, None)
-        concrete = isinstance(found, type) and dataclasses.is_dataclass(found) and not inspect.isabstract(found)
-        if concrete and not name.startswith("_") and (room != "models" or name in _MODELS):
-            return found
-    fail(StorageError, "bdl.load", "the file names settings that this version lacks.", got=repr(kind), fix="upgrade bayesdl")
+    public = room in _ROOMS_WITH_RECORDS and not name.startswith("_") and (room != "models" or name in _MODELS)
+    found: Any = getattr(importlib.import_module(f"bayesdl.{room}"), name, None) if public else None
+    if not isinstance(found, type) or not dataclasses.is_dataclass(found) or inspect.isabstract(found):
+        wanted = "the file names settings that this version lacks."
+        fail(StorageError, "bdl.load", wanted, got=repr(kind), fix="upgrade bayesdl")
+    return found
 
 
 def arviz_datatree(**groups: Any) -> Any:

@@ -38,7 +38,7 @@ def child_seeds(seed: Seed, num: int) -> list[int]:
 
 
 def generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on `device`: the caller's own where it lies there already, a fresh one seeded from `seed` otherwise."""
+    """A generator on `device`: the caller's own where it lies there already, else a fresh one seeded from `seed`."""
     device = torch.device(device)
     if isinstance(seed, torch.Generator) and seed.device.type == device.type:
         return seed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from torch import nn
@@ -33,9 +33,13 @@ def encode(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return {"$module": repr(value)}
     package, _, rest = type(value).__module__.partition(".")
-    if package == "bayesdl" and dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"kind": f"{rest.partition('.')[0]}.{type(value).__name__}", **fields}
+    if package != "bayesdl" or not dataclasses.is_dataclass(value) or isinstance(value, type):
+        _refuse(value)
+    fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    return {"kind": f"{rest.partition('.')[0]}.{type(value).__name__}", **fields}
+
+
+def _refuse(value: Any) -> NoReturn:
     wanted = "a file holds settings of bayesdl's own classes, numbers and text only."
     got = f"{type(value).__module__}.{type(value).__qualname__}: {value!r}"[:200]
     fail(StorageError, "posterior.save", wanted, got=got, fix="keep the code beside the data, and fit again from there")
@@ -55,7 +59,13 @@ def decode(value: Any, resolve: Callable[[str], type], module: nn.Module | None 
     if "$module" in value:
         if module is None:
             wanted = "this posterior is of your own network, whose code is not in the file."
-            fail(StorageError, "bdl.load", wanted, got=value["$module"][:200], fix="bdl.load(path, module=network)")
+            fail(
+                StorageError,
+                "bdl.load",
+                wanted,
+                got=" ".join(str(value["$module"]).split())[:200],
+                fix="bdl.load(path, module=network)",
+            )
         return module
     kind = resolve(str(value.get("kind")))
     fields = {name: decode(item, resolve, module) for name, item in value.items() if name != "kind"}

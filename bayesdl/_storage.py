@@ -24,12 +24,14 @@ _FORMAT = 1
 
 
 def write(path: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` and the JSON `record` to `path`, atomically. Tensors go to the CPU; shapes and dtypes are kept."""
+    """Write `tensors` and the JSON `record` to `path`, atomically. Tensors go to the CPU, shapes and dtypes kept."""
     from safetensors.torch import save
 
     header = {"format": _FORMAT, "bayesdl": __version__, **record}
-    # safetensors refuses tensors that share memory, and an axis of length one may keep an odd stride: a fresh copy of each
-    arrays = {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()}
+    # safetensors refuses shared memory, and an axis of length one may keep an odd stride: a fresh copy of each
+    arrays = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()
+    }
     text = json.dumps(header)
     write_bytes(path, save(arrays, metadata={"bayesdl": text, "sha256": _digest(text, arrays)}))
 
@@ -57,7 +59,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 
     path = Path(path)
     if not path.is_file():
-        fail(StorageError, "bdl.load", "path must name a file.", got=str(path), fix="check the path; posterior.save(path) writes one")
+        fail(
+            StorageError,
+            "bdl.load",
+            "path must name a file.",
+            got=str(path),
+            fix="check the path; posterior.save(path) writes one",
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -65,19 +73,33 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         wanted = f"{path.name} must be a whole safetensors file."
-        fail(StorageError, "bdl.load", wanted, got=f"{path.stat().st_size} bytes: {error}", fix="save the posterior again")
+        fail(
+            StorageError,
+            "bdl.load",
+            wanted,
+            got=f"{path.stat().st_size} bytes: {error}",
+            fix="save the posterior again",
+        )
     try:
         record = json.loads(metadata["bayesdl"])
         version = int(record["format"])
     except (KeyError, TypeError, ValueError):
         got = f"a safetensors file with metadata {sorted(metadata)}"
-        fail(StorageError, "bdl.load", f"{path.name} must be written by posterior.save.", got=got, fix="pass such a file")
+        fail(
+            StorageError, "bdl.load", f"{path.name} must be written by posterior.save.", got=got, fix="pass such a file"
+        )
     if version > _FORMAT:
         got = f"format {version}, written by bayesdl {record.get('bayesdl')}"
         fail(StorageError, "bdl.load", f"this version reads formats up to {_FORMAT}.", got=got, fix="upgrade bayesdl")
     if metadata.get("sha256") != _digest(metadata["bayesdl"], tensors):
         wanted = f"{path.name} must hold what was written to it."
-        fail(StorageError, "bdl.load", wanted, got="contents that differ from their digest", fix="save the posterior again")
+        fail(
+            StorageError,
+            "bdl.load",
+            wanted,
+            got="contents that differ from their digest",
+            fix="save the posterior again",
+        )
     return record, tensors
 
 

@@ -1,9 +1,9 @@
 r"""Data in, units out: coercion of what the user passes, and standardisation, in this one file.
 
-Inside, a model sees u = (x - x_loc) / x_scale and v = (y - y_loc) / y_scale; outside, everything is in the user's units.
-Locations and scales are the training data's mean and standard deviation (divisor n), computed in float64, so that inputs
-at an offset of 1e6 or targets at a scale of 1e-6 lose nothing. A constant column has scale 1. A constant target y = c
-has scale |c|, or 1 at c = 0, since nothing else says what size its changes might have.
+Inside, a model sees u = (x - x_loc) / x_scale and v = (y - y_loc) / y_scale; outside, all is in the user's units.
+Locations and scales are the training data's mean and standard deviation (divisor n), computed in float64, so that
+inputs at an offset of 1e6 or targets at a scale of 1e-6 lose nothing. A constant column has scale 1. A constant target
+y = c has scale |c|, or 1 at c = 0, since nothing else says what size its changes might have.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Units(NamedTuple):
 
 
 class TrainingData(NamedTuple):
-    """What an engine fits to: x (*b, n, d), y (*b, n, k) in the user's units, and whether y came with an output axis."""
+    """What an engine fits to, in the user's units: x (*b, n, d), y (*b, n, k), whether y came with an output axis."""
 
     x: Tensor
     y: Tensor
@@ -58,8 +58,8 @@ class TrainingData(NamedTuple):
 def training_data(where: str, x: Any, y: Any) -> TrainingData:
     """Check and coerce a training set: x (*b, n, d), y (*b, n) or (*b, n, k), from torch, numpy or pandas.
 
-    Integers follow the floats that come with them, and arrays the torch tensors; numpy arrays of two float widths meet at
-    the wider one; two torch tensors of different float widths or devices are an error. x and y are copied.
+    Integers follow the floats that come with them, and arrays the torch tensors; numpy arrays of two float widths meet
+    at the wider one; two torch tensors of different float widths or devices are an error. x and y are copied.
 
     Raises:
         ShapeError: x is not (*b, n, d), or y does not match it, or n is 0.
@@ -72,11 +72,17 @@ def training_data(where: str, x: Any, y: Any) -> TrainingData:
     has_outputs = y.ndim == x.ndim
     head = x.shape[:-1]
     if (y.shape[:-1] if has_outputs else y.shape) != head or (has_outputs and y.shape[-1] == 0):
-        wanted = f"y must have shape {tuple(head)}, or {(*head, 'k')} for k outputs."
+        wanted = f"y must have shape {tuple(head)}, or ({', '.join(map(str, head))}, k) for k outputs."
         got = f"x {_checks.describe(x)}, y {_checks.describe(y)}"
         fail(ShapeError, where, wanted, got=got, fix="pass one target for each row of x")
     if head.numel() == 0:
-        fail(ShapeError, where, "at least one data point is needed.", got=f"x {_checks.describe(x)}", fix="pass n >= 1 rows")
+        fail(
+            ShapeError,
+            where,
+            "at least one data point is needed.",
+            got=f"x {_checks.describe(x)}",
+            fix="pass n >= 1 rows",
+        )
     _checks.finite(where, "x", x)
     _checks.finite(where, "y", y)
     # a copy, so that changing the caller's tensors in place does not reach a posterior
@@ -101,7 +107,8 @@ def _meet(x_given: Any, x: Tensor, y_given: Any, y: Tensor) -> tuple[Tensor, Ten
 def new_inputs(where: str, x: Any, like: Tensor) -> Tensor:
     """Check and coerce inputs (..., s, d) for a posterior trained on `like` (*b, n, d); gradients in x are kept.
 
-    Arrays and integers follow the dtype and device of `like`; a torch tensor of another float dtype or device is an error.
+    Arrays follow the dtype and device of `like`, integer tensors its dtype; a torch tensor of another float dtype or
+    device is an error.
     """
     given, x = x, _checks.numbers(where, "x", x)
     if not isinstance(given, Tensor):
@@ -115,7 +122,13 @@ def new_inputs(where: str, x: Any, like: Tensor) -> Tensor:
         torch.broadcast_shapes(x.shape[:-2], batch)
     except RuntimeError:
         wanted = f"the batch axes of x must broadcast with {tuple(batch)}, those of the training data."
-        fail(ShapeError, where, wanted, got=_checks.describe(x), fix="x (s, d), or one set of test points for each batch element")
+        fail(
+            ShapeError,
+            where,
+            wanted,
+            got=_checks.describe(x),
+            fix="x (s, d), or one set of test points for each batch element",
+        )
     _checks.finite(where, "x", x)
     return x
 

@@ -1,8 +1,8 @@
 r"""Hyper-parameters and the priors on them, for kernels, means and likelihoods.
 
 A `Parameter` names one hyper-parameter, gives its shape and its initial value, and carries the prior that regularises
-its estimate. Positive parameters are optimised and sampled as u = log theta. The log prior that an optimiser adds is the
-density of theta itself (the mode does not move with the parametrisation that the optimiser happens to use), as in
+its estimate. Positive parameters are optimised and sampled as u = log theta. The log prior that an optimiser adds is
+the density of theta itself (the mode does not move with the parametrisation that the optimiser happens to use), as in
 GPyTorch and BoTorch; a sampler in u must add the log Jacobian u.
 """
 
@@ -38,7 +38,13 @@ class HyperPrior(Protocol):
 def _positive(where: str, **values: float) -> None:
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
-            fail(SettingError, where, f"{name} must be positive and finite.", got=f"{value!r}", fix="pass a value above 0")
+            fail(
+                SettingError,
+                where,
+                f"{name} must be positive and finite.",
+                got=f"{value!r}",
+                fix="pass a value above 0",
+            )
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,9 @@ class LogNormal:
     def __post_init__(self) -> None:
         _positive("LogNormal", scale=self.scale)
         if not math.isfinite(self.loc):
-            fail(SettingError, "LogNormal", "loc must be finite.", got=f"{self.loc!r}", fix="pass the log of the median")
+            fail(
+                SettingError, "LogNormal", "loc must be finite.", got=f"{self.loc!r}", fix="pass the log of the median"
+            )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at `value`, elementwise."""

@@ -32,7 +32,9 @@ class Likelihood(Protocol):
     def log_prob(self, f: Tensor, y: Tensor, params: dict[str, Tensor]) -> Tensor:
         """log p(y | f) summed over points and target columns: (..., n, outputs), (..., n, k) -> (...)."""
 
-    def value_and_slope(self, f: Tensor, y: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def value_and_slope(
+        self, f: Tensor, y: Tensor, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`log_prob`, its gradient in f, and in each parameter, in closed form."""
 
 
@@ -43,8 +45,8 @@ class Gaussian:
     Engines standardise y by default, and then `noise_variance` is a share of the variance of y.
 
     Attributes:
-        noise_variance: Where its estimate starts, or its value where nothing is optimised; above `lower`. None: the typical
-            value of the prior.
+        noise_variance: Where its estimate starts, or its value where nothing is optimised; above `lower`. None: the
+            typical value of the prior.
         prior: Prior on the variance. The default, log-normal with log-median -4 and log-sd 1, is that of BoTorch's
             single-task model; it says "mostly signal" and gives way to a few dozen points that say otherwise.
         lower: Smallest variance that a fit may reach; it keeps kernel matrices invertible.
@@ -77,7 +79,9 @@ class Gaussian:
         squares = (y - f).square().sum(-2)
         return -0.5 * (squares / variance + y.shape[-2] * (2 * math.pi * variance).log()).sum(-1)
 
-    def value_and_slope(self, f: Tensor, y: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def value_and_slope(
+        self, f: Tensor, y: Tensor, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Value; (y - f) / v; (sum (y - f)^2 / v - n) / (2 v)."""
         variance = params["noise_variance"]
         n = y.shape[-2]
@@ -105,7 +109,9 @@ class Bernoulli:
         """Sum of log p(y | f)."""
         return -binary_cross_entropy_with_logits(f, y.expand_as(f), reduction="none").sum((-2, -1))
 
-    def value_and_slope(self, f: Tensor, y: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def value_and_slope(
+        self, f: Tensor, y: Tensor, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Value; y - sigmoid(f)."""
         return self.log_prob(f, y, params), y - torch.sigmoid(f), {}
 
@@ -134,7 +140,9 @@ class Categorical:
         losses = cross_entropy(f.reshape(-1, self.num_classes), labels.reshape(-1), reduction="none")
         return -losses.reshape(f.shape[:-1]).sum(-1)
 
-    def value_and_slope(self, f: Tensor, y: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def value_and_slope(
+        self, f: Tensor, y: Tensor, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Value; 1{y = c} - softmax(f)_c."""
         log_p = log_softmax(f, -1)
         labels = y.to(torch.long).expand(*f.shape[:-1], 1)

@@ -31,7 +31,18 @@ VALUES = [[1.0, 2.0], [3.0, 4.5], [-6.0, 0.25]]
         pd.DataFrame(VALUES).astype("Float64"),
         torch.tensor(VALUES, dtype=torch.float64),
     ],
-    ids=["lists", "tuples", "array", "big endian", "fortran", "view", "negative strides", "frame", "nullable", "tensor"],
+    ids=[
+        "lists",
+        "tuples",
+        "array",
+        "big endian",
+        "fortran",
+        "view",
+        "negative strides",
+        "frame",
+        "nullable",
+        "tensor",
+    ],
 )
 def test_everything_that_holds_these_numbers_becomes_the_same_tensor(value):
     tensor = _checks.as_tensor("f", "x", value)
@@ -191,13 +202,17 @@ def test_a_choice_lists_its_options():
     assert str(caught.value) == "BNN: mean must be one of 'constant', 'zero'.\n  got  'Zero'\n  fix  pass 'constant'"
 
 
+def refuse_while_handling(kind):
+    try:
+        raise KeyError("inner")
+    except KeyError:
+        fail(kind, "here", "this was wanted.", got="that", fix="so")
+
+
 def test_errors_keep_their_built_in_kind_and_hide_what_led_to_them():
     for kind, built_in in ((ShapeError, ValueError), (DataError, ValueError), (DtypeError, TypeError)):
         with pytest.raises(built_in) as caught:
-            try:
-                raise KeyError("inner")
-            except KeyError:
-                fail(kind, "here", "this was wanted.", got="that", fix="so")
+            refuse_while_handling(kind)
         assert isinstance(caught.value, BayesdlError)
         assert caught.value.__suppress_context__
         assert str(caught.value) == "here: this was wanted.\n  got  that\n  fix  so"

@@ -102,24 +102,26 @@ def message(caught):
     return where, got[7:], fix[7:]
 
 
-TENSOR_X, TENSOR_Y = torch.tensor(X), torch.tensor(Y)
+XT, YT = torch.tensor(X), torch.tensor(Y)
+HOLE, PEAK = X.copy(), Y.copy()
+HOLE[3, 1], PEAK[4] = np.nan, np.inf
 WRONG = {
-    "float widths": (TENSOR_X, TENSOR_Y.float(), DtypeError, "dtype of x", "x (6, 2) float64 cpu, y (6,) float32 cpu", "y.to(x.dtype)"),
-    "devices": (TENSOR_X, TENSOR_Y.to("meta"), DeviceError, "device of x", "y (6,) float64 meta", "y.to(x.device)"),
-    "labels elsewhere": (TENSOR_X, torch.tensor(LABELS).to("meta"), DeviceError, "device of x", "y (6,) float64 meta", "y.to(x.device)"),
-    "one axis": (TENSOR_X[:, 0], TENSOR_Y, ShapeError, "(..., n, d)", "(6,) float64 cpu", "x[:, None]"),
-    "no columns": (TENSOR_X[:, :0], TENSOR_Y, ShapeError, "at least one column", "(6, 0) float64 cpu", "features"),
-    "other length": (TENSOR_X, TENSOR_Y[:4], ShapeError, "(6,), or (6, 'k') for k outputs", "y (4,) float64 cpu", "one target for each row"),
-    "transposed": (TENSOR_X, TENSOR_Y[None], ShapeError, "shape (6,)", "y (1, 6) float64 cpu", "one target"),
-    "no outputs": (TENSOR_X, torch.ones(6, 0).double(), ShapeError, "shape (6,)", "y (6, 0) float64 cpu", "one target"),
-    "a scalar": (TENSOR_X, 3.0, ShapeError, "shape (6,)", "y () float64 cpu", "one target"),
-    "other batch": (TENSOR_X[None].repeat(3, 1, 1), TENSOR_Y[None].repeat(2, 1), ShapeError, "(3, 6)", "y (2, 6)", "one target"),
-    "no points": (TENSOR_X[:0], TENSOR_Y[:0], ShapeError, "at least one data point", "x (0, 2) float64 cpu", "n >= 1"),
-    "an empty batch": (torch.ones(0, 6, 2), torch.ones(0, 6), ShapeError, "at least one data point", "x (0, 6, 2)", "n >= 1"),
-    "NaN": (np.where(np.arange(12).reshape(6, 2) == 7, np.nan, X), Y, DataError, "x must be finite", "nan at x[3, 1]", "isfinite(x)"),
-    "infinity": (X, np.where(LABELS == 2, np.inf, Y), DataError, "y must be finite", "1 of 6 entries are not; the first is inf at y[4]", "(y)"),
+    "float widths": (XT, YT.float(), DtypeError, "dtype of x", "float64 cpu, y (6,) float32 cpu", "y.to(x.dtype)"),
+    "devices": (XT, YT.to("meta"), DeviceError, "device of x", "y (6,) float64 meta", "y.to(x.device)"),
+    "labels elsewhere": (XT, YT.long().to("meta"), DeviceError, "device of x", "float64 meta", "y.to(x.device)"),
+    "one axis": (XT[:, 0], YT, ShapeError, "(..., n, d)", "(6,) float64 cpu", "x[:, None]"),
+    "no columns": (XT[:, :0], YT, ShapeError, "at least one column", "(6, 0) float64 cpu", "features"),
+    "other length": (XT, YT[:4], ShapeError, "(6,), or (6, k) for k", "y (4,) float64 cpu", "one target"),
+    "transposed": (XT, YT[None], ShapeError, "shape (6,)", "y (1, 6) float64 cpu", "one target"),
+    "no outputs": (XT, torch.ones(6, 0).double(), ShapeError, "shape (6,)", "y (6, 0) float64 cpu", "one target"),
+    "a scalar": (XT, 3.0, ShapeError, "shape (6,)", "y () float64 cpu", "one target"),
+    "other batch": (torch.ones(3, 6, 2), torch.ones(2, 6), ShapeError, "(3, 6), or", "y (2, 6)", "one target"),
+    "no points": (XT[:0], YT[:0], ShapeError, "at least one data point", "x (0, 2) float64 cpu", "n >= 1"),
+    "an empty batch": (torch.ones(0, 6, 2), torch.ones(0, 6), ShapeError, "one data point", "x (0, 6, 2)", "n >= 1"),
+    "NaN": (HOLE, Y, DataError, "x must be finite", "1 of 12 entries are not; the first is nan at x[3, 1]", "(x)"),
+    "infinity": (X, PEAK, DataError, "y must be finite", "1 of 6 entries are not; the first is inf at y[4]", "(y)"),
     "text": (np.array([["1", "b"]] * 6), Y, DtypeError, "x must hold numbers", "(6, 2) <U1 array", "get_dummies"),
-    "half": (TENSOR_X.half(), TENSOR_Y, DtypeError, "float32 or float64", "(6, 2) float16 cpu", "x.to(torch.float64)"),
+    "half": (XT.half(), YT, DtypeError, "float32 or float64", "(6, 2) float16 cpu", "x.to(torch.float64)"),
     "ragged": ([[1.0], [2.0, 3.0]], [1.0, 2.0], ShapeError, "rectangular", "inhomogeneous", "same length"),
 }  # fmt: skip
 
@@ -138,7 +140,14 @@ def test_what_cannot_be_fitted_is_refused_with_what_came_and_how_to_mend_it(name
 
 def test_new_inputs_follow_the_training_inputs_and_keep_their_gradient():
     like = torch.ones(4, 2)
-    for x in (X, X.astype(np.float32), pd.DataFrame(X), X.round().astype(int), torch.tensor(X.round()).long(), X.tolist()):
+    for x in (
+        X,
+        X.astype(np.float32),
+        pd.DataFrame(X),
+        X.round().astype(int),
+        torch.tensor(X.round()).long(),
+        X.tolist(),
+    ):
         given_x = new_inputs("p", x, like)
         assert given_x.dtype == F32
         np.testing.assert_allclose(given_x, np.asarray(x), rtol=1e-6)

@@ -25,9 +25,7 @@ def problem(likelihood, batch=(), n=6, k=2, draws=3, dtype=torch.float64):
         y = (y > 0).to(dtype)
     if likelihood.task == "multiclass":
         y = torch.randint(likelihood.num_classes, y.shape, generator=g).to(dtype)
-    params = {
-        p.name: 0.05 + torch.rand(*batch, draws, k, generator=g, dtype=dtype) for p in likelihood.parameters()
-    }
+    params = {p.name: 0.05 + torch.rand(*batch, draws, k, generator=g, dtype=dtype) for p in likelihood.parameters()}
     return f, y, params
 
 

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Where the data stop, who still knows that it does not know?
 #
-# Four ways of conditioning on the same 60 points: an exact Gaussian process, a GP with the kernel of an infinitely wide
-# network, a Bayesian neural network sampled by Hamiltonian Monte Carlo, and a deep ensemble of that same network. The data
-# have a hole. We look at what each believes inside the hole, and whether its intervals hold where the data are.
+# Four ways of conditioning on the same 60 points: an exact Gaussian process, a GP with the kernel of an
+# infinitely wide network, a Bayesian neural network sampled by Hamiltonian Monte Carlo, and a deep ensemble of
+# that same network. The data have a hole. What does each believe inside it?
 #
-# The answer: both GPs and HMC widen in the hole and hold the truth; the ensemble widens too little, misses it, and is too
-# sure of itself even among the data. But exactness is no insurance: HMC with a prior that is too stiff converges well, to
-# a confident error.
+# The answer: both GPs and HMC widen in the hole and hold the truth; the ensemble widens too little
+# and misses it, though its scores among the data are close to theirs. But exactness is no insurance: HMC with
+# a prior that is too stiff converges well, to a confident error.
 #
 # The pictures go to the folder that BAYESDL_FIGURES names, by default `tutorials/figures`.
 
@@ -32,14 +32,15 @@ QUICK = os.environ.get("BAYESDL_QUICK") == "1"
 NUM_POINTS = 60
 NUM_CHAINS = 8
 NUM_WARMUP = 80 if QUICK else 150
-NUM_DRAWS = 50 if QUICK else 120
-ENSEMBLE_STEPS = 1000
+NUM_DRAWS = 50 if QUICK else 100
+NUM_TEST = 200 if QUICK else 500
+ENSEMBLE_STEPS = 1000 if QUICK else 2000
 NUM_FUNCTIONS = 200
 
 # %% [markdown]
 # ## Data
-# y = sin(2x) + x/2 + noise of standard deviation 0.2, with x on [-3, 3] but never between -0.5 and 1.2. Test points come
-# from the same intervals (`inside`) and from the hole (`gap`).
+# y = sin(2x) + x/2 + noise of standard deviation 0.2, with x on [-3, 3] but never between -0.5 and 1.2. Test
+# points come from the same intervals (`inside`) and from the hole (`gap`).
 
 
 # %%
@@ -51,17 +52,18 @@ def noisy(x: torch.Tensor, seed: int) -> torch.Tensor:
 data = bdl.datasets.noisy_sine_with_gap(n=NUM_POINTS, noise_scale=0.2, seed=2)
 grid = torch.linspace(-4.5, 4.5, 181, dtype=torch.float64).unsqueeze(-1)
 gap = torch.linspace(-0.5, 1.2, 100, dtype=torch.float64).unsqueeze(-1)
-inside = bdl.datasets.noisy_sine_with_gap(n=1000, noise_scale=0.2, seed=1)
+inside = bdl.datasets.noisy_sine_with_gap(n=NUM_TEST, noise_scale=0.2, seed=1)
 truth_on_grid = bdl.datasets.true_noisy_sine(grid.squeeze(-1))
 truth_in_gap = bdl.datasets.true_noisy_sine(gap.squeeze(-1))
 
 # %% [markdown]
 # ## Priors, before any fitting
-# Engines standardise inputs and targets, so a prior lives on inputs of about [-2, 2] and on outputs of size 1. The truth
-# turns four times between -3 and 3. Which of these priors ever do that?
+# Engines standardise inputs and targets, so a prior lives on inputs of about [-2, 2] and on outputs of size 1.
+# The truth turns four times between -3 and 3. Which of these priors ever do that?
 #
-# `w ~ N(0, scale^2 / fan-in)` with scale 1 is the default of a network. It is a fair default for tables with many columns,
-# where functions are smooth along each; for one wiggly input it is stiff. Scale 3 is what we use below.
+# `w ~ N(0, scale^2 / fan-in)` with scale 1 is the default of a network. It is a fair default for tables with
+# many columns, where functions are smooth along each; for one wiggly input it is stiff. Scale 3 is what we use
+# below.
 
 # %%
 wiggly = bdl.priors.Normal(scale=3.0)
@@ -128,24 +130,25 @@ show(figure, "prior_draws")
 
 # %% [markdown]
 # ## The same question to four engines
-# One table, one loop. Another engine is another line. The GPs estimate their kernel parameters and noise from the data; the
-# networks have a noise of their own to learn too.
+# One table, one loop. Another engine is another line. The GPs estimate their kernel parameters and noise from
+# the data; the networks have a noise of their own to learn too.
 
 # %%
-engines = {
-    "exact GP": bdl.ExactGP(gp),
-    "infinite-width GP": bdl.ExactGP(nngp),
-    "network by HMC": bdl.HMC(bnn, NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, num_steps=64),
-    "deep ensemble": bdl.Ensemble(bnn, num_members=5, num_steps=ENSEMBLE_STEPS),
-}
+engines = [
+    ("exact GP", bdl.ExactGP(gp)),
+    ("infinite-width GP", bdl.ExactGP(nngp)),
+    ("network by HMC", bdl.HMC(bnn, NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, num_steps=64)),
+    ("deep ensemble", bdl.Ensemble(bnn, num_members=5, num_steps=ENSEMBLE_STEPS)),
+]
 posteriors = {}
-for name, engine in engines.items():
+for name, engine in engines:
     posteriors[name] = engine.fit(data.x, data.y, seed=0)
     print(f"{name:<18}{posteriors[name].diagnostics['seconds']:6.1f} s")
 
 # %% [markdown]
-# HMC is the only one that can say whether its computation went well. R-hat compares the chains on function values (weights
-# of a network are not identified): below 1.01 is good, above 1.05 warns. At the sizes here it is usable, not perfect.
+# A sampler can stop too early without any error, so ask it. R-hat compares the chains on function values
+# (weights of a network are not identified): below 1.01 is good, above 1.05 warns. At the sizes here it is
+# usable, not perfect.
 
 # %%
 checks = posteriors["network by HMC"].diagnostics
@@ -183,9 +186,11 @@ show(figure, "comparison")
 
 # %% [markdown]
 # ## Scores
-# `bdl.compare` asks every posterior for its predictive at the same points. Coverage is the share of test points inside the
-# central interval, and should be what the interval claims. The distance to a reference is the mean 2-Wasserstein distance
-# between predictives, in the units of y.
+# `bdl.compare` asks every posterior for its predictive at the same points. Coverage is the share of test points
+# inside the central interval, and should be what the interval claims. The distance to a reference is the mean
+# 2-Wasserstein distance between predictives, in the units of y.
+#
+# Among the data the four are close. Held-out points like the training points cannot tell who is right in the gap.
 
 # %%
 COLUMNS = ["RMSE", "NLPD", "CRPS", "coverage 50%", "coverage 90%", "distance to reference", "seconds"]
@@ -196,8 +201,9 @@ print("\nTest points in the gap\n", in_gap[COLUMNS].round(2).to_string(), sep=""
 
 
 # %% [markdown]
-# Scores of y hide what is known of f, because the noise covers it. Since the truth is known here, we can ask directly: how
-# wide is the belief about f, does its 90% band hold the truth, and by how many of its standard deviations is it off at worst?
+# Scores of y hide what is known of f, because the noise covers it. Since the truth is known here, we can ask
+# directly: how wide is the belief about f, does its 90% band hold the truth, and by how many of its standard
+# deviations is it off at worst?
 
 
 # %%
@@ -218,8 +224,9 @@ print("\nBelief about f\n", known.round(2).to_string(), sep="")
 
 # %% [markdown]
 # ## Functions, not only bands
-# A band says nothing about how high f rises somewhere inside the gap, because the highest point is at another place for
-# every function. `functions` draws whole functions, the same ones at every x, so that any such question is one line.
+# A band says nothing about how high f rises somewhere inside the gap, because the highest point is at another
+# place for every function. `functions` draws whole functions, the same ones at every x, so that any such
+# question is one line.
 
 # %%
 print(f"\nThe highest value of f in the gap; the truth is {truth_in_gap.max():.2f}")
@@ -230,13 +237,14 @@ for name, posterior in posteriors.items():
 
 # %% [markdown]
 # ## Where it fails
-# **The ensemble.** Its members agree where they were all trained on the same points, so that their spread at the data is
-# close to nothing, and each has fitted part of the noise. A posterior does not collapse like this: 60 noisy points leave
-# the function uncertain everywhere. In the gap the members take similar paths, and whether these are right is luck.
+# **The ensemble.** Its members agree where they were trained on the same points, and in the gap they take similar
+# paths; whether these are right is luck. Stopping early on held-out points gives each a noise under which its
+# intervals for y hold among the data. It says nothing about a place without data. The spread of an ensemble is a
+# heuristic; to know what it is worth on a problem, compare it with a reference.
 #
-# **Exact inference under the wrong prior.** The same HMC with the stiff prior of scale 1. Nothing warns: the chains agree, no
-# transition diverges. It explains the turns as noise, and its belief about f is narrow and wrong. Sampling diagnostics
-# judge the computation, never the model. The table and the prior draws do.
+# **Exact inference under the wrong prior.** The same HMC with the stiff prior of scale 1. Nothing warns: the
+# chains agree, no transition diverges. It explains the turns as noise, and its belief about f is narrow and
+# wrong. Sampling diagnostics judge the computation, never the model. The table and the prior draws do.
 
 # %%
 stiff = bdl.HMC(stiff_bnn, NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, num_steps=32).fit(data.x, data.y, seed=0)
@@ -244,7 +252,8 @@ stiff_rhat = stiff.diagnostics["rhat"]
 stiff_known = knowledge(stiff)
 stiff_score = bdl.compare({"stiff": stiff}, inside.x, inside.y).loc["stiff", "NLPD"]
 print(f"\nHMC, prior scale 1: R-hat {stiff_rhat:.3f}, {stiff.diagnostics['divergences']} divergences")
-print(f"  sd of f in the gap {stiff_known['sd in the gap']:.2f}, worst error {stiff_known['worst error there, in sd']:.1f} sd")
+print(f"  sd of f in the gap {stiff_known['sd in the gap']:.2f}")
+print(f"  worst error there, in sd {stiff_known['worst error there, in sd']:.1f}")
 print(f"  NLPD among the data {stiff_score:.2f}; with prior scale 3 {among_data.loc['network by HMC', 'NLPD']:.2f}")
 
 figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -259,8 +268,8 @@ for ax, (name, posterior) in zip(
 show(figure, "stiff_prior")
 
 # %% [markdown]
-# **Everybody, far away.** At x = -4.5 and 4.5 the truth goes on rising. GPs return to the mean of the data, networks of tanh
-# units level off; what they believe there is their prior, not the data.
+# **Everybody, far away.** At x = -4.5 and 4.5 the truth is where no data point hints at. The Matérn GP returns
+# to its mean, the networks level off; what they believe there is their prior, not the data.
 
 # %%
 far = torch.tensor([[-4.5], [4.5]], dtype=torch.float64)
@@ -273,19 +282,20 @@ for name, posterior in posteriors.items():
 
 # %% [markdown]
 # ## Exercises
-# 1. Change the data's seed from 2 to 0, 1 and 3. Which of the conclusions stay? (On seed 0 the ensemble is lucky in the gap.)
-# 2. Raise `num_members` to 20. Does the ensemble's sd at the data grow towards HMC's, or is it another quantity?
-# 3. Measure where the exact GP is least sure: `posteriors["exact GP"].condition_on(x_new, y_new)` updates it exactly, without
-#    fitting again. How many points close the gap?
+# 1. Change the data's seed from 2 to 0, 1 and 3. Which of the conclusions stay?
+# 2. Raise `num_members` to 20. Does the ensemble's sd in the gap grow towards HMC's, or is it another quantity?
+# 3. Measure where the exact GP is least sure: `posteriors["exact GP"].condition_on(x_new, y_new)` updates it
+#    exactly, without fitting again. How many points close the gap?
 # 4. Swap tanh for relu in `bnn`. What changes in the gap, and what far away?
 # 5. Choose between the two priors without knowing the truth: compare NLPD on held-out points, as above.
 #
 # ## References
 # - Rasmussen and Williams (2006), *Gaussian Processes for Machine Learning*, chapters 2 and 5.
-# - Neal (1996), *Bayesian Learning for Neural Networks*: priors on weights as priors on functions, HMC, infinite width.
+# - Neal (1996), *Bayesian Learning for Neural Networks*: priors on weights as priors on functions, HMC,
+#   infinite width.
 # - Lee et al. (2018), *Deep Neural Networks as Gaussian Processes*, arXiv 1711.00165.
-# - Lakshminarayanan, Pritzel, Blundell (2017), *Simple and Scalable Predictive Uncertainty Estimation using Deep
-#   Ensembles*, arXiv 1612.01474.
+# - Lakshminarayanan, Pritzel, Blundell (2017), *Simple and Scalable Predictive Uncertainty Estimation using
+#   Deep Ensembles*, arXiv 1612.01474.
 # - Izmailov et al. (2021), *What Are Bayesian Neural Network Posteriors Really Like?*, arXiv 2104.14421.
 #
 # ## What this tutorial claims, checked
@@ -293,15 +303,14 @@ for name, posterior in posteriors.items():
 # %%
 others = [name for name in posteriors if name != "deep ensemble"]
 ensemble, rest = known.loc["deep ensemble"], known.loc[others]
-# In the gap the ensemble claims to know f at least 1.5 times better than any of the others, and at the data twice better.
+# In the gap the ensemble claims to know f at least 1.5 times better than the others do.
 assert (rest["sd in the gap"] > 1.5 * ensemble["sd in the gap"]).all()
-assert (rest["sd at the data"] > 2 * ensemble["sd at the data"]).all()
 # The others had reason to be wide: the truth is within three of their standard deviations all through the gap.
 assert (rest["worst error there, in sd"] < 3).all()
-assert ensemble["worst error there, in sd"] > 4
-# Among the data, too, the ensemble's intervals hold too few points.
-coverage = among_data["coverage 90%"]
-assert (coverage[others] > coverage["deep ensemble"] + 0.05).all()
+assert ensemble["worst error there, in sd"] > 3
+# Scores show it in the gap, and not among the data.
+assert among_data["NLPD"].max() - among_data["NLPD"].min() < 0.8
+assert in_gap.loc["deep ensemble", "NLPD"] > in_gap.loc[others, "NLPD"].max() + 0.8
 # Exact inference under the stiff prior converged, and is confidently wrong.
 assert stiff_rhat < 1.1
 assert stiff_known["worst error there, in sd"] > 5

@@ -99,7 +99,8 @@ footer { color: var(--muted); font-size: 13px; border-top: 1px solid var(--line)
   header, main, footer { padding-left: 16px; padding-right: 16px; }
   header { padding-top: 28px; }
   h1 { font-size: 24px; }
-  figure { padding: 8px; }
+  figure { padding: 8px; overflow-x: auto; }
+  figure img { max-width: none; width: 640px; margin: 0; }
   th, td { padding: 8px 10px; }
 }
 @media print { body { background: #ffffff; } section { break-inside: avoid; } }

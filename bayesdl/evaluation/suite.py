@@ -75,7 +75,7 @@ def _hmc(task: str, num_classes: int, quick: bool) -> Any:
 def _ensemble(task: str, num_classes: int, quick: bool) -> Any:
     from bayesdl.inference.ensemble import Ensemble
 
-    return Ensemble(_network(task, num_classes), num_members=5, num_steps=400 if quick else 2000)
+    return Ensemble(_network(task, num_classes), num_members=5, num_steps=1000 if quick else 2000)
 
 
 def _network(task: str, num_classes: int) -> Any:

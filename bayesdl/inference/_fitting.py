@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesdl import _checks
+from bayesdl._random import child_seeds
 from bayesdl.data import TrainingData, Units, class_labels, training_data, units_of
 from bayesdl.errors import ConvergenceWarning, SettingError, ShapeError, fail
 from bayesdl.models import BNN, WeightSpace
@@ -24,6 +25,23 @@ class NetworkProblem(NamedTuple):
     space: WeightSpace
     x: Tensor
     y: Tensor
+
+    def starts(self, num: int, seed: int) -> Tensor:
+        """`num` draws from the prior, the same for every data set, that claim to explain nothing yet: (*b, num, D).
+
+        A noise variance starts at the variance of the targets. From a smaller one an optimiser or a sampler would first
+        bend the network to every target, and learn only then that they are noisy.
+        """
+        like = self.x.new_zeros(())
+        rows = [
+            self.space.initial(1, torch.Generator(like.device).manual_seed(child), like) for child in child_seeds(seed, num)
+        ]
+        q = torch.cat(rows).expand(*self.data.batch_shape, num, -1).clone()
+        if getattr(self.space.likelihood, "noise_variance", 0.0) is None:
+            m = self.space.network.num_weights
+            variance = self.y.var(-2, correction=0).unsqueeze(-2)
+            q[..., m:] = torch.maximum(q[..., m:], variance.log())
+        return q
 
     def probe_values(self, draws: Tensor) -> Tensor:
         """f at up to 32 training inputs for every draw (*b, C, N, D): (C, N, *b, probes, outputs)."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bayesdl import _checks, _doors
 from bayesdl._random import Seed, child_seeds
@@ -78,7 +77,7 @@ class HMC:
         start_seed, run_seed = child_seeds(seed, 2)
         run = hmc.run(
             problem.space.bind(problem.x, problem.y),
-            self._starts(problem, start_seed),
+            problem.starts(self.num_chains, start_seed),
             num_warmup=self.num_warmup,
             num_draws=self.num_draws,
             num_steps=self.num_steps,
@@ -91,14 +90,6 @@ class HMC:
         diagnostics = self._diagnose(problem, run)
         stats = {} if problem.data.batch_shape else run.stats
         return DrawsPosterior(self.model, problem.data, problem.units, diagnostics, draws=run.draws, stats=stats)
-
-    def _starts(self, problem: NetworkProblem, seed: int) -> Tensor:
-        """Draws from the prior, the same for every data set: (*b, C, D)."""
-        seeds = child_seeds(seed, self.num_chains)
-        like = problem.x.new_zeros(())
-        rows = [problem.space.initial(1, torch.Generator(like.device).manual_seed(s), like) for s in seeds]
-        starts = torch.cat(rows)
-        return starts.expand(*problem.data.batch_shape, *starts.shape).clone()
 
     def _diagnose(self, problem: NetworkProblem, run: Run) -> dict[str, Any]:
         values = problem.probe_values(run.draws)

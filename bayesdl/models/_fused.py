@@ -89,7 +89,9 @@ def _forward(layers: list[tuple[Tensor, Tensor]], x: Tensor, activation: str) ->
     return values
 
 
-def _backward(layers: list[tuple[Tensor, Tensor]], values: list[Tensor], slope: Tensor, activation: str, grad: Tensor) -> None:
+def _backward(
+    layers: list[tuple[Tensor, Tensor]], values: list[Tensor], slope: Tensor, activation: str, grad: Tensor
+) -> None:
     """Write the gradient in the weights, from the slope of the log likelihood in the outputs, into `grad`."""
     at = sum((m.shape[-2] + 1) * m.shape[-1] for m, _ in layers)
     for i in reversed(range(len(layers))):

@@ -51,7 +51,10 @@ class MLP:
         """Prior scale of every weight."""
         pieces = []
         for fan_in, width in self.shapes:
-            pieces += [like.new_full((fan_in * width,), prior.scale_of(fan_in)), like.new_full((width,), prior.scale_of(None))]
+            pieces += [
+                like.new_full((fan_in * width,), prior.scale_of(fan_in)),
+                like.new_full((width,), prior.scale_of(None)),
+            ]
         return torch.cat(pieces)
 
     def centre(self, like: Tensor) -> Tensor:
@@ -90,12 +93,24 @@ class ModuleNetwork:
             # vmap refuses random numbers, so that functional dropout shows itself without a draw from the global state
             if "random" in str(error):
                 wanted = "module must be a fixed function of its weights and one input at a time."
-                fail(SettingError, "BNN", wanted, got="random numbers in its forward pass", fix="module.eval(), or no dropout")
+                fail(
+                    SettingError,
+                    "BNN",
+                    wanted,
+                    got="random numbers in its forward pass",
+                    fix="module.eval(), or no dropout",
+                )
             wanted = f"module must take inputs of shape (n, {d})."
             fail(ShapeError, "BNN", wanted, got=str(error).splitlines()[0], fix=f"set the first layer to {d} features")
         if shape != (2, outputs):
             wanted = f"module must map (n, {d}) to (n, {outputs})."
-            fail(ShapeError, "BNN", wanted, got=f"an output of shape {shape} for n = 2", fix=f"end in nn.Linear(..., {outputs})")
+            fail(
+                ShapeError,
+                "BNN",
+                wanted,
+                got=f"an output of shape {shape} for n = 2",
+                fix=f"end in nn.Linear(..., {outputs})",
+            )
 
     def scales(self, prior: WeightPrior, like: Tensor) -> Tensor:
         """Prior scale of every weight: fan-in of a matrix is the product of all axes but its first."""
@@ -108,7 +123,9 @@ class ModuleNetwork:
     def centre(self, like: Tensor) -> Tensor:
         """Zero, but one for the gains of normalisation layers (vectors named "weight")."""
         ones = [len(shape) == 1 and name.split(".")[-1] == "weight" for name, shape in self._named]
-        return torch.cat([like.new_full((s.numel(),), float(one)) for (_, s), one in zip(self._named, ones, strict=True)])
+        return torch.cat(
+            [like.new_full((s.numel(),), float(one)) for (_, s), one in zip(self._named, ones, strict=True)]
+        )
 
     def forward(self, weights: Tensor, x: Tensor) -> Tensor:
         """Weights (*g, C, D) at x (*g, n, d) -> (*g, C, n, outputs), by one vmap over all of them."""
@@ -133,7 +150,13 @@ class ModuleNetwork:
 
 def _check_module(module: nn.Module) -> None:
     if not any(True for _ in module.parameters()):
-        fail(SettingError, "BNN", "module must have parameters.", got=repr(module)[:80], fix="pass a network with weights")
+        fail(
+            SettingError,
+            "BNN",
+            "module must have parameters.",
+            got=repr(module)[:80],
+            fix="pass a network with weights",
+        )
     for name, part in module.named_modules():
         stochastic = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 and part.training
         # without running statistics it normalises over the batch in eval mode, too

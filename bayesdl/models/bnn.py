@@ -1,7 +1,7 @@
 r"""A Bayesian neural network: a prior over weights, hence over functions, and a likelihood.
 
-In the coordinates q in which engines work, weights are w = centre + scale z with z ~ prior (unit width), and each learned
-likelihood parameter is v = lower + exp(u). The log density of q = (z, u) is
+In the coordinates q in which engines work, weights are w = centre + scale z with z ~ prior (unit width), and each
+learned likelihood parameter is v = lower + exp(u). The log density of q = (z, u) is
 
     log p(z) + sum [log p(v) + u] + log p(y | f_w(x), v),
 
@@ -31,10 +31,10 @@ class BNN:
     Attributes:
         hidden: Widths of the hidden layers of a fully connected network; () is (generalised) linear regression.
         activation: "tanh", "relu", "erf", "sin", "silu" or "gelu".
-        prior: Prior on the weights, in the coordinates of standardised inputs and targets where the engine standardises.
+        prior: Prior on the weights, for standardised inputs and targets where the engine standardises.
         likelihood: `Gaussian()` with learned noise, `Bernoulli()` or `Categorical(num_classes)`.
-        module: Any `nn.Module` that maps (n, d) to (n, outputs), in place of hidden and activation. Only its structure is
-            used, through `torch.func.functional_call`; it is not changed.
+        module: Any `nn.Module` that maps (n, d) to (n, outputs), in place of hidden and activation. Only its structure
+            is used, through `torch.func.functional_call`; it is not changed.
     """
 
     hidden: tuple[int, ...] = (50,)
@@ -46,10 +46,16 @@ class BNN:
     def __post_init__(self) -> None:
         _checks.choice("BNN", "activation", self.activation, tuple(ACTIVATIONS))
         if not isinstance(self.hidden, (tuple, list)):
-            fail(SettingError, "BNN", "hidden must be a tuple of widths.", got=repr(self.hidden), fix=f"hidden=({self.hidden},)")
+            fail(
+                SettingError,
+                "BNN",
+                "hidden must be a tuple of widths.",
+                got=repr(self.hidden),
+                fix=f"hidden=({self.hidden},)",
+            )
         for width in self.hidden:
             _checks.at_least("BNN", "hidden", width, 1, integer=True)
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        object.__setattr__(self, "hidden", tuple(int(width) for width in self.hidden))
         for name, kind in (("prior", WeightPrior), ("likelihood", (Gaussian, Bernoulli, Categorical))):
             if not isinstance(getattr(self, name), kind):
                 fix = "prior=bdl.priors.Normal()" if name == "prior" else "likelihood=bdl.Gaussian()"
@@ -94,7 +100,8 @@ class WeightSpace:
         m = self.network.num_weights
         logs = q[..., m:]
         params = {
-            p.name: p.lower + logs[..., i * self.k : (i + 1) * self.k].exp() for i, p in enumerate(self.likelihood.parameters())
+            p.name: p.lower + logs[..., i * self.k : (i + 1) * self.k].exp()
+            for i, p in enumerate(self.likelihood.parameters())
         }
         return torch.addcmul(self.centre.to(q), self.scale.to(q), q[..., :m]), params, logs
 
@@ -112,7 +119,7 @@ class WeightSpace:
         return self._log_prior(q, params, logs) + scale * log_likelihood
 
     def bind(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
-        """`log_density` at fixed data for samplers and optimisers: fused where the network allows, once differentiable."""
+        """`log_density` at fixed data, for samplers and optimisers: fused where possible, then once differentiable."""
         if isinstance(self.network, MLP) and _fused.supports(self.network.activation):
             return lambda q: _fused.FusedLogDensity.apply(q, self, x, y, scale)
         return lambda q: self.log_density(q, x, y, scale)

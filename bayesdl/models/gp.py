@@ -58,7 +58,7 @@ class GP:
 
 @dataclass(frozen=True)
 class Layout:
-    r"""Hyper-parameters as a flat vector theta (..., D): u with value = lower + exp(u) for each, then the constant mean.
+    r"""Hyper-parameters as a flat vector theta (..., D): u for each, value = lower + exp(u), then the constant mean.
 
     A prior is on the value itself, so that the optimum does not depend on this parametrisation.
     """

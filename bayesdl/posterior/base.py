@@ -23,14 +23,19 @@ Functions = Callable[[Any], Tensor]
 class Posterior(abc.ABC):
     """Belief about a function after data, in the user's units. Immutable.
 
-    Shapes: trained on x (*b, n, d) and y (*b, n) or (*b, n, k), asked at x (..., s, d) whose batch axes broadcast with *b;
-    answers have shape (..., s), or (..., s, k) where y had an output axis.
+    Shapes: trained on x (*b, n, d) and y (*b, n) or (*b, n, k), asked at x (..., s, d) whose batch axes broadcast with
+    *b; answers have shape (..., s), or (..., s, k) where y had an output axis.
     """
 
     form: ClassVar[str]
 
     def __init__(
-        self, model: Any, data: TrainingData, units: Units, diagnostics: Mapping[str, Any], log_evidence: Tensor | None = None
+        self,
+        model: Any,
+        data: TrainingData,
+        units: Units,
+        diagnostics: Mapping[str, Any],
+        log_evidence: Tensor | None = None,
     ) -> None:
         self._model = model
         self._data = data
@@ -71,7 +76,7 @@ class Posterior(abc.ABC):
 
     @abc.abstractmethod
     def functions(self, num: int, *, seed: Seed = 0) -> Functions:
-        """`num` functions drawn from the posterior: g(x) -> (num, ..., s). The same functions at every x, differentiable."""
+        """`num` functions drawn from the posterior: g(x) -> (num, ..., s), the same at every x, differentiable."""
 
     def condition_on(self, x: Any, y: Any) -> Posterior:
         """A new posterior that has also seen (x, y).
@@ -80,20 +85,28 @@ class Posterior(abc.ABC):
             NotImplementedError: This engine cannot update; the message names one that can.
         """
         raise NotImplementedError(
-            f"{self._diagnostics.get('engine', 'this engine')} cannot be conditioned on more data without fitting again.\n"
+            f"{self._diagnostics.get('engine', 'this engine')} cannot be conditioned on more data, only fitted again.\n"
             "  fix  fit the engine to all data, or use bdl.ExactGP, which updates exactly"
         )
 
     def to_arviz(self) -> Any:
-        """An ArviZ DataTree: function values and parameters as draws, with observed data and pointwise log likelihoods."""
+        """An ArviZ DataTree: function values and noise as draws, with observed data and pointwise log likelihoods."""
         from bayesdl import _doors
 
         return _doors.arviz_datatree(**self._arviz_groups())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write this posterior to one file (safetensors and JSON), atomically. `bdl.load` reads it without running code."""
+        """Write this posterior to one file (safetensors and JSON), atomically. `bdl.load` reads it, running no code.
+
+        Raises:
+            StorageError: The model holds something that a file cannot describe, such as a prior class of your own.
+        """
         tensors, extra = self._parts()
-        shared = {"data.x": self._data.x, "data.y": self._data.y, **{f"units.{k}": v for k, v in self._units._asdict().items()}}
+        shared = {
+            "data.x": self._data.x,
+            "data.y": self._data.y,
+            **{f"units.{k}": v for k, v in self._units._asdict().items()},
+        }
         if self._log_evidence is not None:
             shared["log_evidence"] = self._log_evidence
         record = {
@@ -127,7 +140,9 @@ class Posterior(abc.ABC):
         return value if self._data.has_outputs else value.squeeze(-1)
 
 
-def load_parts(path: str | os.PathLike[str], resolve: Callable[[str], type], module: torch.nn.Module | None) -> tuple[Any, ...]:
+def load_parts(
+    path: str | os.PathLike[str], resolve: Callable[[str], type], module: torch.nn.Module | None
+) -> tuple[Any, ...]:
     """What every saved posterior has: (form, shared constructor arguments, record, tensors)."""
     record, tensors = _storage.read(path)
     try:

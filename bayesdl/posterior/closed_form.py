@@ -3,7 +3,8 @@ r"""The posterior of a Gaussian process with Gaussian noise, in closed form.
     mean(x) = m + k(x, X) (K + s I)^{-1} (y - m),   cov(x, x') = k(x, x') - k(x, X) (K + s I)^{-1} k(X, x')
 
 Functions are drawn pathwise (Wilson et al. 2020, arXiv 2002.09309): a prior function plus an exact update,
-f(x) + k(x, X) (K + s I)^{-1} (y - f(X) - e), so that one draw is a function of x with the same values wherever it is asked.
+f(x) + k(x, X) (K + s I)^{-1} (y - f(X) - e), so that one draw is a function of x with the same values wherever it is
+asked.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class GPPosterior(Posterior):
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
-        """Values by name in standardised units: "kernel.…" and "noise_variance", with shape (*b, [k,] …), and "mean"."""
+        """Values by name in standardised units: "kernel.…", "noise_variance" and "mean", with shape (*b, [k,] …)."""
         values = {**self._values, "mean": self._constant}
         axis = len(self._data.batch_shape)
         return {name: (v if self._data.has_outputs else v.squeeze(axis)).clone() for name, v in values.items()}
@@ -87,18 +88,20 @@ class GPPosterior(Posterior):
     def functions(self, num: int, *, seed: Seed = 0, num_features: int = 1024) -> Functions:
         """Pathwise draws; see `Posterior.functions`. `num_features` random features make up each prior function."""
         g = generator(seed, self._data.x.device)
-        prior = self._model.kernel.sample_functions(
-            self._data.x.shape[-1], num, num_features, self._kernel_values(), g
-        )
+        prior = self._model.kernel.sample_functions(self._data.x.shape[-1], num, num_features, self._kernel_values(), g)
         state = self._state
-        noise = torch.randn((num, *state.residual.shape), generator=g, dtype=state.residual.dtype, device=state.residual.device)
+        noise = torch.randn(
+            (num, *state.residual.shape), generator=g, dtype=state.residual.dtype, device=state.residual.device
+        )
         noise = noise * self._values["noise_variance"].sqrt().unsqueeze(-1)
         gap = state.residual - prior(state.x) - noise
         weights = torch.cholesky_solve(gap.unsqueeze(-1), state.chol)
 
         def draw(x: Any) -> Tensor:
             k_xs, inner = self._cross(self._inputs("functions", x))
-            update = (k_xs.transpose(-2, -1) @ weights.reshape(num, *[1] * (k_xs.ndim - state.chol.ndim), *weights.shape[1:]))
+            update = k_xs.transpose(-2, -1) @ weights.reshape(
+                num, *[1] * (k_xs.ndim - state.chol.ndim), *weights.shape[1:]
+            )
             values = prior(inner) + update.squeeze(-1) + self._constant.unsqueeze(-1)
             return self._squeeze(self._units.outward(values.movedim(-2, -1)))
 
@@ -115,11 +118,21 @@ class GPPosterior(Posterior):
         """
         new = training_data("GPPosterior.condition_on", x, y)
         old = self._data
-        agree = new.batch_shape == old.batch_shape and new.x.shape[-1] == old.x.shape[-1] and new.y.shape[-1] == old.y.shape[-1]
+        agree = (
+            new.batch_shape == old.batch_shape
+            and new.x.shape[-1] == old.x.shape[-1]
+            and new.y.shape[-1] == old.y.shape[-1]
+        )
         if not agree or new.has_outputs != old.has_outputs:
             got = f"x {tuple(new.x.shape)}, y {tuple(new.y.shape)}"
             wanted = f"x and y must be like the training data, {tuple(old.x.shape)} and {tuple(old.y.shape)}."
-            fail(ShapeError, "GPPosterior.condition_on", wanted, got=got, fix="pass the same batch axes, columns and outputs")
+            fail(
+                ShapeError,
+                "GPPosterior.condition_on",
+                wanted,
+                got=got,
+                fix="pass the same batch axes, columns and outputs",
+            )
         new = TrainingData(new.x.to(old.x), new.y.to(old.y), old.has_outputs)
         k_xn, inner = self._cross(new.x)
         k_nn = self._model.kernel(inner, params=self._kernel_values())
@@ -129,7 +142,14 @@ class GPPosterior(Posterior):
         diagnostics = {**self._diagnostics, "num_data": data.x.shape[-2], "jitter": float(state.jitter.max())}
         evidence = evidence_in_units(ops.log_marginal(state), self._units, data.x.shape[-2])
         return GPPosterior(
-            self._model, data, self._units, diagnostics, evidence, values=self._values, constant=self._constant, state=state
+            self._model,
+            data,
+            self._units,
+            diagnostics,
+            evidence,
+            values=self._values,
+            constant=self._constant,
+            state=state,
         )
 
     def _kernel_values(self) -> dict[str, Tensor]:
@@ -181,5 +201,8 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def evidence_in_units(log_marginal: Tensor, units: Units, n: int) -> Tensor:
-    """log p(y) in the user's units from that of standardised targets, (*b, k) -> (*b): each point has Jacobian 1 / y_scale."""
+    """log p(y) in the user's units from that of standardised targets, (*b, k) -> (*b).
+
+    Each point has the Jacobian 1 / y_scale.
+    """
     return (log_marginal - n * units.y_scale.squeeze(-2).log()).sum(-1)

@@ -46,7 +46,7 @@ class DrawsPosterior(Posterior):
 
     @property
     def draws(self) -> Tensor:
-        """Coordinates of every network, (*b, chains, draws, D): standardised weights, then logs of positive parameters."""
+        """Coordinates of every network (*b, chains, draws, D): standardised weights, logs of positive parameters."""
         return self._draws.clone()
 
     def predict(self, x: Any, *, noise: bool = True) -> Distribution:
@@ -68,7 +68,7 @@ class DrawsPosterior(Posterior):
         return GaussianMixture(loc, self._squeeze_members(scale).to(loc).expand_as(loc), validate_args=False)
 
     def sample(self, x: Any, sample_shape: tuple[int, ...] = (), *, seed: Seed = 0) -> Tensor:
-        """The functions of randomly chosen members at x; see `Posterior.sample`. Distinct members while there are enough."""
+        """Randomly chosen members at x, distinct while there are enough; see `Posterior.sample`."""
         num = torch.Size(sample_shape).numel()
         values = self.functions(num, seed=seed)(self._inputs("sample", x))
         return values.reshape(*sample_shape, *values.shape[1:])

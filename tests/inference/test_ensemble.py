@@ -12,7 +12,7 @@ from bayesdl.testing import check_engine
 
 
 def small(model: bdl.BNN, **settings: int) -> bdl.Ensemble:
-    return bdl.Ensemble(model, **{"num_members": 2, "num_steps": 100, **settings})
+    return bdl.Ensemble(model, **{"num_members": 2, "num_steps": 80, **settings})
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_linear_member_is_the_ridge_solution():
     x = torch.tensor(rng.normal(size=(60, 3)))
     y = x @ torch.tensor([1.5, -2.0, 0.3], dtype=torch.float64) + 0.7 + torch.tensor(0.3 * rng.normal(size=60))
     prior = bdl.priors.Normal(scale=0.8, bias_scale=1.3)
-    engine = bdl.Ensemble(bdl.BNN(hidden=(), prior=prior), num_members=2, num_steps=3000, standardize=False)
+    engine = bdl.Ensemble(bdl.BNN(hidden=(), prior=prior), num_members=2, num_steps=3000, validation_fraction=0.0, standardize=False)
     posterior = engine.fit(x, y)
     q = posterior.draws[0]
     variance = 1e-6 + q[:, -1].exp()
@@ -85,6 +85,20 @@ def test_classification_of_breast_cancer_and_digits():
         table = bdl.compare({name: posterior}, x[test], data.y[test])
         assert table.loc[name, "accuracy"] >= wanted, table
         assert table.loc[name, "NLL"] < 0.35
+
+
+def test_members_stop_before_they_believe_their_training_targets():
+    """Pure noise, many inputs, few points: the last step claims hardly any noise, the held-out tenth does not."""
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(80, 20)), rng.normal(size=80)
+    x_new, y_new = rng.normal(size=(200, 20)), rng.normal(size=200)
+    stopped = bdl.Ensemble(bdl.BNN(hidden=(50,)), num_steps=800).fit(x, y)
+    to_the_end = bdl.Ensemble(bdl.BNN(hidden=(50,)), num_steps=800, validation_fraction=0.0).fit(x, y)
+    table = bdl.compare({"stopped": stopped, "to the end": to_the_end}, x_new, y_new)
+    assert sorted(stopped.diagnostics["best_step"])[2] < 600
+    assert set(to_the_end.diagnostics["best_step"]) == {800}
+    assert table.loc["stopped", "NLPD"] < table.loc["to the end", "NLPD"]
+    assert table.loc["stopped", "coverage 90%"] > 0.75
 
 
 def test_bad_settings_and_diverging_members_are_refused():

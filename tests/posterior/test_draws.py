@@ -38,7 +38,9 @@ def written_out(posterior, x, y, place, x_new, outputs):
             h, at = h @ matrix + bias, at + (a + 1) * b
             h = np.tanh(h) if b == 4 else h
         f.append(h * y.std(0) + y.mean(0) if regression else h)
-        noise.append(np.sqrt(posterior.model.likelihood.lower + np.exp(row[at:])) * y.std(0) if regression else row[at:])
+        noise.append(
+            np.sqrt(posterior.model.likelihood.lower + np.exp(row[at:])) * y.std(0) if regression else row[at:]
+        )
     return np.stack(f), np.stack(noise)
 
 

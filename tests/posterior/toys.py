@@ -1,4 +1,4 @@
-"""Posteriors made by hand, without an engine: any hyper-parameters, any draws, far from defaults and from unit scale."""
+"""Posteriors made by hand, without an engine: any hyper-parameters, any draws, far from defaults and unit scale."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def gp_posterior(
     seed: int = 1,
 ) -> GPPosterior:
     """A GP posterior whose hyper-parameters differ between data sets, outputs and columns."""
-    model = GP(kernel or Scale(Matern(nu=1.5, lengthscale=0.9), outputscale=1.7), likelihood=Gaussian(noise_variance=noise))
+    model = GP(
+        kernel or Scale(Matern(nu=1.5, lengthscale=0.9), outputscale=1.7),
+        likelihood=Gaussian(noise_variance=noise, lower=1e-9),
+    )
     data = training_data("toy", x, y)
     units = units_of(data, standardize=True) if units is None else units
     layout = model.layout(x.shape[-1])
@@ -58,7 +61,12 @@ def gp_posterior(
     covariance = model.kernel(inner, params=kernel_values(values))
     state = ops.condition(covariance, inner, residual, values["noise_variance"])
     evidence = evidence_in_units(ops.log_marginal(state), units, data.x.shape[-2])
-    diagnostics = {"engine": "ByHand", "seconds": 0.25, "num_data": data.x.shape[-2], "trace": {"mll": [[1.0, float("nan")]]}}
+    diagnostics = {
+        "engine": "ByHand",
+        "seconds": 0.25,
+        "num_data": data.x.shape[-2],
+        "trace": {"mll": [[1.0, float("nan")]]},
+    }
     return GPPosterior(model, data, units, diagnostics, evidence, values=values, constant=constant, state=state)
 
 
