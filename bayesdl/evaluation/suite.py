@@ -87,7 +87,9 @@ def _network(task: str, num_classes: int) -> Any:
         "binary": likelihoods.Bernoulli,
         "multiclass": lambda: likelihoods.Categorical(num_classes),
     }[task]()
-    return BNN(hidden=(50,), activation="tanh", prior=priors.Normal(), likelihood=likelihood)
+    # Standardised targets ask for functions of size one; classes that can be told apart ask for logits well beyond it.
+    prior = priors.Normal(scale=1.0 if task == "regression" else 4.0)
+    return BNN(hidden=(50,), activation="tanh", prior=prior, likelihood=likelihood)
 
 
 _EVERY = ("regression", "binary", "multiclass")

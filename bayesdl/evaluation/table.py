@@ -69,7 +69,7 @@ def text(table: Table, width: int = 120) -> str:
     grid = _wrap_header(down)
     if max(map(len, _lines(grid))) > width:
         grid = [["", *(e + " " for e in engines)], *([c, *(shown[e, c] for e in engines)] for c in table.columns)]
-    notes = ["* best of its column"]
+    notes = ["* best value of a score"]
     if table.num_splits > 1:
         notes.append(f"mean ± standard error over {table.num_splits} splits")
     lines = [*_lines(grid), "", "; ".join(notes)]
