@@ -22,11 +22,11 @@ def small(model: bdl.BNN) -> bdl.HMC:
     "model",
     [
         bdl.BNN(hidden=(8,)),
-        bdl.BNN(hidden=(5,), activation="gelu", prior=bdl.priors.Laplace()),
+        bdl.BNN(hidden=(5,), activation="gelu", prior=bdl.priors.StudentT(dof=4.0)),
         bdl.BNN(hidden=(8,), likelihood=bdl.Bernoulli()),
         bdl.BNN(hidden=(4,), likelihood=bdl.Categorical(3)),
     ],
-    ids=["tanh", "gelu, Laplace prior", "binary", "classes"],
+    ids=["tanh", "gelu, heavy tails", "binary", "classes"],
 )
 def test_obeys_the_contract(model):
     check_engine(small(model))
