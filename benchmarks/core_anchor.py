@@ -23,9 +23,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import argparse
 import csv
-import datetime
 import pathlib
-import platform
 import statistics
 import time
 import warnings
@@ -33,6 +31,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from machine import describe
 from torch import Tensor
 
 from bayesdl import ops
@@ -192,16 +191,6 @@ def measure(sides: dict[str, Callable[[], object]], seconds: float, repeats: int
     return times
 
 
-def cpu_model() -> str:
-    """The processor's name, as the kernel of the operating system gives it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     """Run every size and kernel, print the table and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -211,13 +200,9 @@ def main() -> None:
     parser.add_argument("--max-n", type=int, default=2000, help="leave out larger problems")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    machine = {
-        "cpu": cpu_model(),
-        "torch": torch.__version__,
+    machine = describe() | {
         "gpytorch": __import__("gpytorch").__version__,
         "scipy": __import__("scipy").__version__,
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print("CPU milliseconds, minimum [median]; ratios are of minima\n")

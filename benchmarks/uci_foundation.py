@@ -1,10 +1,10 @@
 """The UCI regression benchmark (Hernández-Lobato & Adams 2015; splits of Gal & Ghahramani 2016) for the first engines.
 
 Standardised by the training part, scored in the original units of y. One row an engine and split goes to
-`results/uci_foundation.csv` as soon as it is known, and rows that are there are not computed again, so that a killed run
-goes on where it stopped. `results/uci_foundation_summary.csv` holds mean and standard error over the splits beside the
-published test log-likelihoods of MC dropout (Gal & Ghahramani 2016) and deep ensembles (Lakshminarayanan et al. 2017),
-both for one hidden layer of 50 relu units.
+`results/uci_foundation.csv` as soon as it is known, and rows that are there are not computed again, so that a killed
+run goes on where it stopped. `results/uci_foundation_summary.csv` holds mean and standard error over the splits beside
+the published test log-likelihoods of MC dropout (Gal & Ghahramani 2016) and deep ensembles (Lakshminarayanan et al.
+2017), both for one hidden layer of 50 relu units.
 
     BAYESDL_DATA=... python benchmarks/uci_foundation.py [--datasets boston yacht] [--engines gp hmc] [--splits 20]
 
@@ -48,8 +48,8 @@ GROUP = 5
 def engine(name: str, n: int) -> Any:
     """The engines of this benchmark, with settings that depend on the number of training points only.
 
-    Large sets get one start of the GP optimiser instead of two, and the small one longer trajectories: its noise is so low
-    that short ones barely move.
+    Large sets get one start of the GP optimiser instead of two, and the small one longer trajectories: its noise is so
+    low that short ones barely move.
     """
     starts = 2 if n < 1200 else 1
     if name == "gp":
@@ -58,7 +58,7 @@ def engine(name: str, n: int) -> Any:
         return bdl.ExactGP(bdl.GP(bdl.kernels.NNGP(depth=3, activation="relu")), num_starts=starts)
     if name == "hmc":
         return bdl.HMC(NETWORK, num_chains=4, num_warmup=300, num_draws=200, num_steps=48 if n >= 400 else 192)
-    return bdl.Ensemble(NETWORK, num_members=5, num_steps=6000)
+    return bdl.Ensemble(NETWORK, num_members=5, num_steps=4000)
 
 
 def jobs(engine_name: str, num_splits: int) -> list[list[int]]:

@@ -34,7 +34,8 @@ class NetworkProblem(NamedTuple):
         """
         like = self.x.new_zeros(())
         rows = [
-            self.space.initial(1, torch.Generator(like.device).manual_seed(child), like) for child in child_seeds(seed, num)
+            self.space.initial(1, torch.Generator(like.device).manual_seed(child), like)
+            for child in child_seeds(seed, num)
         ]
         q = torch.cat(rows).expand(*self.data.batch_shape, num, -1).clone()
         if getattr(self.space.likelihood, "noise_variance", 0.0) is None:
@@ -55,7 +56,13 @@ def network_problem(where: str, model: Any, x: Any, y: Any, *, standardize: bool
     """Check and standardise a data set for a BNN; class labels stay as they are."""
     if not isinstance(model, BNN):
         wanted = "model must be a bdl.BNN."
-        fail(SettingError, where, wanted, got=_checks.describe(model), fix="bdl.BNN(hidden=(50,)); a bdl.GP goes to bdl.ExactGP")
+        fail(
+            SettingError,
+            where,
+            wanted,
+            got=_checks.describe(model),
+            fix="bdl.BNN(hidden=(50,)); a bdl.GP goes to bdl.ExactGP",
+        )
     data = training_data(where, x, y)
     regression = model.likelihood.task == "regression"
     if not regression:

@@ -1,12 +1,12 @@
 r"""Deep ensembles: several networks trained from different starts, their disagreement read as uncertainty.
 
-Each member maximises the same log posterior by Adam with minibatches, from its own draw of the prior and in its own order
-of the data, and stops where its predictive density on a tenth of the data, its own random tenth, was highest. That matters
-for the noise: a network that has fitted its training targets believes in a noise that no new point obeys. The predictive
-is the equal mixture of the members' predictives.
+Each member maximises the same log posterior by Adam with minibatches, from its own draw of the prior and in its own
+order of the data, and stops where its predictive density on a tenth of the data, its own random tenth, was highest.
+That matters for the noise: a network that has fitted its training targets believes in a noise that no new point obeys.
+The predictive is the equal mixture of the members' predictives.
 
-Reference: Lakshminarayanan, Pritzel, Blundell (2017), arXiv 1612.01474; here with a weight prior, constant noise and early
-stopping.
+Reference: Lakshminarayanan, Pritzel, Blundell (2017), arXiv 1612.01474; here with a weight prior, constant noise and
+early stopping.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Ensemble:
         return DrawsPosterior(self.model, problem.data, problem.units, diagnostics, draws=members)
 
     def _train(self, problem: NetworkProblem, starts: Tensor, streams: Streams) -> _Training:
-        """Run Adam on all members at once; every hundredth part of the way, keep those that validate better than before."""
+        """Run Adam on all members at once; every hundredth part of the way, keep those that validate better."""
         from tqdm import tqdm
 
         train, held_out = self._partition(problem, streams)
@@ -110,12 +110,20 @@ class Ensemble:
                 schedule.step()
                 if step % every == 0 or step == self.num_steps:
                     losses.append(loss.detach())
-                    best.offer(q.detach(), step, None if held_out is None else held_out.log_likelihood(problem, q.detach()))
+                    best.offer(
+                        q.detach(), step, None if held_out is None else held_out.log_likelihood(problem, q.detach())
+                    )
                 bar.update(1)
         trace = torch.stack(losses, -1)
         if not bool(torch.isfinite(trace[..., -1]).all()):
             wanted = "every member must end at a finite loss."
-            fail(NumericalError, "Ensemble.fit", wanted, got=f"losses {trace[..., -1].tolist()}", fix="lower learning_rate")
+            fail(
+                NumericalError,
+                "Ensemble.fit",
+                wanted,
+                got=f"losses {trace[..., -1].tolist()}",
+                fix="lower learning_rate",
+            )
         return _Training(best.q, trace, best.step)
 
     def _partition(self, problem: NetworkProblem, streams: Streams) -> tuple[_Part, _Part | None]:

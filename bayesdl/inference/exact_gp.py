@@ -2,8 +2,8 @@ r"""Exact Gaussian process regression: hyper-parameters by penalised type-II max
 
     theta* = argmax_theta log N(y | m, K_theta + s I) + log p(theta)
 
-The marginal likelihood and its closed-form gradient come from one fused evaluation (`ops.mll_and_grad`), and L-BFGS runs
-from several starts, for all outputs and all data sets, as one batch of independent problems.
+The marginal likelihood and its closed-form gradient come from one fused evaluation (`ops.mll_and_grad`), and L-BFGS
+runs from several starts, for all outputs and all data sets, as one batch of independent problems.
 
 Reference: Rasmussen & Williams (2006), chapters 2 and 5.
 """
@@ -77,7 +77,9 @@ class ExactGP:
         inner_y = units.inward_y(data.y, torch.float64).movedim(-1, -2)  # (*b, k, n)
         layout = self.model.layout(data.x.shape[-1])
         heads = inner_y.shape[:-1]
-        objective = _Objective(self.model, layout, inner_x.reshape(-1, *inner_x.shape[-2:]), inner_y.reshape(-1, inner_y.shape[-1]))
+        objective = _Objective(
+            self.model, layout, inner_x.reshape(-1, *inner_x.shape[-2:]), inner_y.reshape(-1, inner_y.shape[-1])
+        )
         theta, report = self._optimise(objective, layout, data, seed)
         theta = theta.reshape(*heads, layout.dim)
         values, constant = layout.unpack(theta)
@@ -94,7 +96,9 @@ class ExactGP:
             self.model, data, units, diagnostics, evidence, values=values, constant=constant, state=state
         )
 
-    def _optimise(self, objective: _Objective, layout: Layout, data: TrainingData, seed: Seed) -> tuple[Tensor, dict[str, Any]]:
+    def _optimise(
+        self, objective: _Objective, layout: Layout, data: TrainingData, seed: Seed
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The best theta of every problem (problems, D), and what the optimiser reports."""
         from tqdm import tqdm
 
@@ -107,7 +111,9 @@ class ExactGP:
         starts = torch.cat([start.unsqueeze(0), layout.sample(self.num_starts - 1, generator, start)])
         theta0 = starts.unsqueeze(1).expand(-1, problems, -1).reshape(-1, layout.dim)
         with tqdm(total=self.max_iterations, desc="ExactGP", disable=not self.progress) as bar:
-            found = ops.minimize_lbfgs(objective, theta0, max_iterations=self.max_iterations, callback=lambda *_: bar.update(1))
+            found = ops.minimize_lbfgs(
+                objective, theta0, max_iterations=self.max_iterations, callback=lambda *_: bar.update(1)
+            )
         value = found.value.reshape(self.num_starts, problems)
         best = value.nan_to_num(nan=torch.inf).argmin(0)
         everyone = torch.arange(problems, device=device)
@@ -117,7 +123,12 @@ class ExactGP:
             fail(NumericalError, "ExactGP.fit", wanted, got=f"{value[best, everyone].tolist()}", fix=fix)
         converged = found.converged.reshape(self.num_starts, problems)[best, everyone]
         remedy = "raise max_iterations; the fit is usable but not at its optimum"
-        warn_unless(bool(converged.all()), "ExactGP.fit", f"{int((~converged).sum())} of {problems} fits had not converged", remedy)
+        warn_unless(
+            bool(converged.all()),
+            "ExactGP.fit",
+            f"{int((~converged).sum())} of {problems} fits had not converged",
+            remedy,
+        )
         n = data.x.shape[-2]
         report = {
             "num_evaluations": int(found.evaluations),
@@ -134,7 +145,13 @@ class ExactGP:
         if not bool(torch.isfinite(state.alpha).all()):
             wanted = "the kernel matrix must be positive definite."
             got = f"a failed factorisation with jitter {float(state.jitter.max()):.1e}"
-            fail(NumericalError, "ExactGP.fit", wanted, got=got, fix="raise Gaussian(noise_variance=...) or its lower bound")
+            fail(
+                NumericalError,
+                "ExactGP.fit",
+                wanted,
+                got=got,
+                fix="raise Gaussian(noise_variance=...) or its lower bound",
+            )
         if float(state.jitter.max()) > 0:
             message = f"ExactGP.fit: the kernel matrix needed jitter {float(state.jitter.max()):.1e} to factorise"
             warnings.warn(message, NumericalWarning, stacklevel=3)
@@ -162,7 +179,9 @@ class _Objective(NamedTuple):
             values["noise_variance"],
         )
         prior, slopes = self.layout.log_prior(values)
-        grads = {f"kernel.{name}": g for name, g in marginal.params.items()} | {"noise_variance": marginal.noise_variance}
+        grads = {f"kernel.{name}": g for name, g in marginal.params.items()} | {
+            "noise_variance": marginal.noise_variance
+        }
         grads = {name: g + slopes[name] for name, g in grads.items()}
         gradient = self.layout.chain(theta, grads, -marginal.residual.sum(-1))
         n = self.y.shape[-1]

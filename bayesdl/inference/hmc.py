@@ -1,8 +1,8 @@
 r"""Hamiltonian Monte Carlo for Bayesian neural networks: the reference posterior that others are compared with.
 
 Chains run side by side in one batch, share a step size (dual averaging) and a mass matrix (pooled over chains) that are
-frozen after warm-up, and leave the exact posterior invariant. Weights of a network are not identified, so convergence is
-judged on function values at training inputs.
+frozen after warm-up, and leave the exact posterior invariant. Weights of a network are not identified, so convergence
+is judged on function values at training inputs.
 
 Reference: Neal (2011), arXiv 1206.1901; Izmailov et al. (2021), arXiv 2104.14421.
 """
@@ -116,7 +116,9 @@ class HMC:
         rhat, ess = diagnostics["rhat"], diagnostics["ess_bulk"]
         divergences = int(torch.as_tensor(diagnostics["divergences"]).max())
         more = "run longer (num_warmup, num_draws) or longer trajectories (num_steps)"
-        warn_unless(not rhat > 1.05, "HMC.fit", f"chains disagree about function values (R-hat {rhat:.2f}, wanted < 1.05)", more)
+        warn_unless(
+            not rhat > 1.05, "HMC.fit", f"chains disagree about function values (R-hat {rhat:.2f}, wanted < 1.05)", more
+        )
         warn_unless(not ess < min(100, total), "HMC.fit", f"only {ess:.0f} effective draws of function values", more)
         smaller = "raise target_accept towards 0.95"
         warn_unless(divergences <= 0.01 * total, "HMC.fit", f"{divergences} divergent transitions", smaller)

@@ -35,12 +35,14 @@ def test_minibatches_obey_the_contract():
 
 
 def test_a_linear_member_is_the_ridge_solution():
-    """With no hidden layer the MAP weights are ridge regression at the noise that was learned: normal equations as judge."""
+    """With no hidden layer the MAP weights are ridge regression at the learned noise: normal equations as judge."""
     rng = np.random.default_rng(0)
     x = torch.tensor(rng.normal(size=(60, 3)))
     y = x @ torch.tensor([1.5, -2.0, 0.3], dtype=torch.float64) + 0.7 + torch.tensor(0.3 * rng.normal(size=60))
     prior = bdl.priors.Normal(scale=0.8, bias_scale=1.3)
-    engine = bdl.Ensemble(bdl.BNN(hidden=(), prior=prior), num_members=2, num_steps=3000, validation_fraction=0.0, standardize=False)
+    engine = bdl.Ensemble(
+        bdl.BNN(hidden=(), prior=prior), num_members=2, num_steps=3000, validation_fraction=0.0, standardize=False
+    )
     posterior = engine.fit(x, y)
     q = posterior.draws[0]
     variance = 1e-6 + q[:, -1].exp()
@@ -80,7 +82,9 @@ def test_classification_of_breast_cancer_and_digits():
         data = bdl.datasets.load(name)
         test = bdl.datasets.splits(len(data.y), 1, 0.25, seed=3)[0]
         x = data.x.float()
-        engine = bdl.Ensemble(bdl.BNN(hidden=(32,), activation="relu", likelihood=likelihood), num_members=3, num_steps=400)
+        engine = bdl.Ensemble(
+            bdl.BNN(hidden=(32,), activation="relu", likelihood=likelihood), num_members=3, num_steps=400
+        )
         posterior = engine.fit(x[~test], data.y[~test])
         table = bdl.compare({name: posterior}, x[test], data.y[test])
         assert table.loc[name, "accuracy"] >= wanted, table

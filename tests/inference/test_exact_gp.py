@@ -100,7 +100,9 @@ def test_the_evidence_is_the_density_of_the_targets_in_the_users_units():
     values = posterior.hyperparameters
     inner = (x - loc) / scale
     distances = torch.cdist(inner / values["kernel.base.lengthscale"], inner / values["kernel.base.lengthscale"])
-    covariance = values["kernel.outputscale"] * torch.exp(-0.5 * distances**2) + values["noise_variance"] * torch.eye(15)
+    covariance = values["kernel.outputscale"] * torch.exp(-0.5 * distances**2) + values["noise_variance"] * torch.eye(
+        15
+    )
     y_scale = y.std(correction=0)
     mean = y.mean() + y_scale * values["mean"]
     judge = multivariate_normal(np.full(15, float(mean)), (y_scale**2 * covariance).numpy())

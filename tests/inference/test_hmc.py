@@ -36,8 +36,8 @@ def test_obeys_the_contract(model):
 def test_conjugate_linear_regression(seed):
     """A network without hidden layers and with (nearly) known noise has a Gaussian posterior in closed form.
 
-    Means and standard deviations of 3 weights, 2 statistics, 3 seeds at 4 Monte Carlo errors: 18 comparisons, about 0.1 %
-    false alarms; the seeds are fixed.
+    Means and standard deviations of 3 weights, 2 statistics, 3 seeds at 4 Monte Carlo errors: 18 comparisons, about
+    0.1 % false alarms; the seeds are fixed.
     """
     rng = np.random.default_rng(10)
     x = torch.tensor(rng.normal(size=(25, 2)))
@@ -78,7 +78,7 @@ def test_conjugate_linear_regression(seed):
 
 
 def test_agrees_with_the_exact_gp_on_a_linear_model():
-    """A linear network with a normal prior and no bias is a GP with kernel (scale^2 / d) x x'; two engines, one posterior."""
+    """A linear network with a normal prior and no bias is a GP with kernel (scale^2 / d) x x'."""
     rng = np.random.default_rng(4)
     x, y = torch.tensor(rng.normal(size=(30, 3))), torch.tensor(rng.normal(size=30))
     x_new = torch.tensor(rng.normal(size=(6, 3)))
@@ -103,7 +103,9 @@ def test_short_runs_are_not_trusted_in_silence():
         posterior = bdl.HMC(bdl.BNN(hidden=(10,)), num_chains=2, num_warmup=5, num_draws=5, num_steps=2).fit(x, y)
     said = [str(w.message) for w in caught if w.category is ConvergenceWarning]
     assert any("effective draws" in text and "num_warmup" in text for text in said), said
-    assert {"rhat", "ess_bulk", "ess_tail", "divergences", "step_size", "acceptance_rate", "trace"} <= set(posterior.diagnostics)
+    assert {"rhat", "ess_bulk", "ess_tail", "divergences", "step_size", "acceptance_rate", "trace"} <= set(
+        posterior.diagnostics
+    )
 
 
 def test_an_update_names_an_engine_that_can():
@@ -122,7 +124,9 @@ def test_classification_of_breast_cancer():
     model = bdl.BNN(hidden=(5,), likelihood=bdl.Bernoulli())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        posterior = bdl.HMC(model, num_chains=4, num_warmup=150, num_draws=100, num_steps=16).fit(x[~test], data.y[~test])
+        posterior = bdl.HMC(model, num_chains=4, num_warmup=150, num_draws=100, num_steps=16).fit(
+            x[~test], data.y[~test]
+        )
     table = bdl.compare({"HMC": posterior}, x[test], data.y[test])
     assert table.loc["HMC", "accuracy"] > 0.9
     assert table.loc["HMC", "ECE"] < 0.1
