@@ -149,6 +149,7 @@ def summarise() -> None:
                         **_mean_and_error("CRPS", [float(row["CRPS"]) for row in mine]),
                         **_mean_and_error("coverage_90", [float(row["coverage 90%"]) for row in mine]),
                         **_mean_and_error("cpu_seconds", [float(row["cpu_seconds"]) for row in mine]),
+                        "test_rows_seen_in_training": round(seen_in_training(dataset), 4),
                         "published_mc_dropout": dropout,
                         "published_deep_ensembles": ensembles,
                     }
@@ -163,6 +164,17 @@ def summarise() -> None:
             f"log-likelihood {row['log_likelihood']:7.3f} ± {row['log_likelihood_se']:.3f}  RMSE {row['RMSE']:.3f}  "
             f"(published: dropout {row['published_mc_dropout']}, ensembles {row['published_deep_ensembles']})"
         )
+
+
+def seen_in_training(dataset: str) -> float:
+    """Share of test points, over all splits, that stand in the training part too, inputs and target alike.
+
+    A model that finds its training targets noise-free scores such points at almost unlimited density.
+    """
+    data = bdl.datasets.load(f"uci:{dataset}")
+    rows = torch.cat([data.x, data.y.unsqueeze(-1)], -1).unique(dim=0, return_inverse=True)[1]
+    shares = [float(torch.isin(rows[test], rows[~test]).double().mean()) for test in data.splits]
+    return sum(shares) / len(shares)
 
 
 def _mean_and_error(name: str, values: list[float]) -> dict[str, float]:
