@@ -58,7 +58,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.55; font-size: 16px;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-header, main, footer { max-width: 1060px; margin: 0 auto; padding: 0 24px; }
+header, main, footer { max-width: 1280px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 48px; }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.01em; margin: 0 0 20px; }
 h2 { font-size: 20px; margin: 0 0 14px; }
@@ -69,8 +69,8 @@ dt { color: var(--muted); font-size: 13px; }
 dd { margin: 0; overflow-wrap: anywhere; }
 section { margin: 44px 0; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-th, td { position: relative; padding: 10px 14px; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { position: relative; padding: 10px 9px; text-align: right; white-space: nowrap; }
 thead th { color: var(--muted); font-weight: 500; font-size: 13px; border-bottom: 1px solid var(--line);
   white-space: normal; vertical-align: bottom; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
