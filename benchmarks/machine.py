@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import platform
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
 import bayesdl
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+from bayesdl.evaluation.report import processor
 
 
 def describe() -> dict[str, str]:
     """Processor, threads, versions and date."""
     return {
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,

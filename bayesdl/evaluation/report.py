@@ -63,9 +63,9 @@ def page(
     parts = {
         "style": STYLE,
         "title": f"{html.escape(problem.name)}: {len(table.cells)} posteriors compared",
-        "facts": _facts(problem, table, seed),
+        "facts": _facts(problem, seed),
         "table": _table(table, reference, palette),
-        "note": _note(problem, table, good, reference),
+        "note": _note(problem, good, reference),
         "failures": _failures(rows),
         "pictures": _pictures(problem, good, palette) if good else "",
         "diagnostics": _diagnostics(good, descriptions, palette),
@@ -75,21 +75,25 @@ def page(
     return TEMPLATE.substitute(parts)
 
 
-def machine() -> str:
-    """Processor, threads, torch and Python, in one line."""
-    name = platform.processor() or platform.machine()
+def processor() -> str:
+    """The processor's name, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
-        pass
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def machine() -> str:
+    """Processor, threads, torch and Python, in one line."""
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads != 1 else ''}"
-    return f"{name}, {cores}{device}; torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{processor()}, {cores}{device}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def _facts(problem: Problem, table: Table, seed: int) -> str:
+def _facts(problem: Problem, seed: int) -> str:
     n, d = problem.x.shape
     tests = sorted({int(test.sum()) for test in problem.test})
     size = f"{tests[0]}" if len(tests) == 1 else f"{tests[0]} to {tests[-1]}"
@@ -127,7 +131,7 @@ def _table(table: Table, reference: str | None, palette: Mapping[str, str]) -> s
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _note(problem: Problem, table: Table, good: Sequence[Row], reference: str | None) -> str:
+def _note(problem: Problem, good: Sequence[Row], reference: str | None) -> str:
     notes = ["The best value of each column is marked."]
     if len(problem.test) > 1:
         notes.append(

@@ -57,7 +57,8 @@ class Ensemble:
         for name in ("num_members", "num_steps", "batch_size"):
             _checks.at_least("Ensemble", name, getattr(self, name), 1, integer=True)
         _checks.inside("Ensemble", "learning_rate", self.learning_rate, 0.0, math.inf)
-        _checks.inside("Ensemble", "validation_fraction", self.validation_fraction, -1e-12, 0.5)
+        if self.validation_fraction != 0:
+            _checks.inside("Ensemble", "validation_fraction", self.validation_fraction, 0.0, 0.5)
 
     def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> DrawsPosterior:
         """Train the members on x (*b, n, d) and y (*b, n) or (*b, n, k).

@@ -24,7 +24,6 @@ from bayesdl.data import TrainingData, training_data, units_of
 from bayesdl.errors import NumericalError, NumericalWarning, SettingError, fail
 from bayesdl.inference._fitting import warn_unless
 from bayesdl.models import GP, Layout
-from bayesdl.models.gp import kernel_values
 from bayesdl.posterior import GPPosterior
 from bayesdl.posterior.closed_form import evidence_in_units
 
@@ -140,7 +139,7 @@ class ExactGP:
         return found.theta.reshape(self.num_starts, problems, -1)[best, everyone], report
 
     def _condition(self, x: Tensor, residual: Tensor, values: dict[str, Tensor]) -> ops.GPState:
-        k_xx = self.model.kernel(x, params=kernel_values(values))
+        k_xx = self.model.kernel(x, params=self.model.kernel_values(values))
         state = ops.condition(k_xx, x, residual, values["noise_variance"])
         if not bool(torch.isfinite(state.alpha).all()):
             wanted = "the kernel matrix must be positive definite."
@@ -174,7 +173,7 @@ class _Objective(NamedTuple):
         marginal = ops.mll_and_grad(
             self.model.kernel.value_and_pullback,
             x,
-            kernel_values(values),
+            self.model.kernel_values(values),
             y - constant.unsqueeze(-1),
             values["noise_variance"],
         )

@@ -45,6 +45,11 @@ class GP:
         kernel = tuple(p.prefixed("kernel") for p in self.kernel.parameters(d))
         return Layout(kernel + self.likelihood.parameters(), has_mean=self.mean == "constant")
 
+    @staticmethod
+    def kernel_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The kernel's share of the values that a layout unpacks, under the kernel's own names."""
+        return {name.removeprefix("kernel."): v for name, v in values.items() if name.startswith("kernel.")}
+
     def sample_prior(self, x: Tensor, num: int, generator: torch.Generator) -> Tensor:
         """Exact joint draws of f at x (*b, s, d) with initial hyper-parameters and mean 0: (num, *b, s).
 
@@ -118,11 +123,6 @@ class Layout:
                 density = p.prior.log_prob(value)
                 total = total + (density.sum(-1) if p.shape else density)
         return total, slopes
-
-
-def kernel_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The kernel's share of named values, under the kernel's own names."""
-    return {name.removeprefix("kernel."): v for name, v in values.items() if name.startswith("kernel.")}
 
 
 def _size(parameter: Parameter) -> int:

@@ -153,7 +153,7 @@ class GPPosterior(Posterior):
         )
 
     def _kernel_values(self) -> dict[str, Tensor]:
-        return {name.removeprefix("kernel."): v for name, v in self._values.items() if name.startswith("kernel.")}
+        return self._model.kernel_values(self._values)
 
     def _cross(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """k(X, x) of shape (..., k, n, s), and x in the model's units with an axis for outputs, (..., 1, s, d)."""

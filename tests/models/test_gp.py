@@ -11,7 +11,6 @@ from bayesdl.hyper import Gamma, HalfNormal, LogNormal, Parameter
 from bayesdl.kernels import RBF, Linear, Matern, RationalQuadratic, Scale
 from bayesdl.likelihoods import Bernoulli, Gaussian
 from bayesdl.models import GP, Layout
-from bayesdl.models.gp import kernel_values
 
 F64 = torch.float64
 LAYOUT = Layout(
@@ -114,7 +113,7 @@ def test_the_layout_of_a_model_names_kernel_then_noise():
     assert float(mean) == 0
     assert float(values["noise_variance"]) == pytest.approx(0.3)
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
-    torch.testing.assert_close(model.kernel(x, params=kernel_values(values)), model.kernel(x))
+    torch.testing.assert_close(model.kernel(x, params=model.kernel_values(values)), model.kernel(x))
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])

@@ -12,7 +12,6 @@ from bayesdl.data import Units, training_data, units_of
 from bayesdl.kernels import Kernel, Matern, Scale
 from bayesdl.likelihoods import Gaussian
 from bayesdl.models import BNN, GP
-from bayesdl.models.gp import kernel_values
 from bayesdl.posterior import DrawsPosterior, GPPosterior
 from bayesdl.posterior.closed_form import evidence_in_units
 
@@ -58,7 +57,7 @@ def gp_posterior(
     values, constant = layout.unpack(layout.initial(jiggle) + spread * jiggle)
     inner = units.inward_x(data.x, torch.float64).unsqueeze(-3)
     residual = units.inward_y(data.y, torch.float64).movedim(-1, -2) - constant.unsqueeze(-1)
-    covariance = model.kernel(inner, params=kernel_values(values))
+    covariance = model.kernel(inner, params=model.kernel_values(values))
     state = ops.condition(covariance, inner, residual, values["noise_variance"])
     evidence = evidence_in_units(ops.log_marginal(state), units, data.x.shape[-2])
     diagnostics = {
