@@ -28,25 +28,19 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> Po
     Raises:
         StorageError: The file is missing, truncated, corrupt, foreign, or of a later format.
     """
+    from bayesdl import models, posterior
     from bayesdl.errors import StorageError, fail
-    from bayesdl.models import BNN, GP
-    from bayesdl.posterior import DrawsPosterior, GPPosterior
     from bayesdl.posterior.base import load_parts
 
     form, shared, record, tensors = load_parts(path, _resolve, module)
-    forms = {kind.form: (kind, model) for kind, model in ((GPPosterior, GP), (DrawsPosterior, BNN))}
+    forms = {kind.form: kind for kind in vars(posterior).values() if hasattr(kind, "form")}
     if form not in forms:
         fail(StorageError, "bdl.load", f"form must be one of {sorted(forms)}.", got=form, fix="upgrade bayesdl")
-    kind, model = forms[form]
-    if not isinstance(shared["model"], model):
+    kind = forms[form]
+    if not isinstance(shared["model"], getattr(models, kind.model_kind)):
         got = repr(shared["model"])[:200]
-        fail(
-            StorageError,
-            "bdl.load",
-            f"a {kind.__name__} has a {model.__name__}.",
-            got=got,
-            fix="save the posterior again",
-        )
+        wanted = f"a {kind.__name__} has a {kind.model_kind}."
+        fail(StorageError, "bdl.load", wanted, got=got, fix="save the posterior again")
     try:
         return kind._from_parts(shared, record, tensors)
     except KeyError as error:

@@ -11,23 +11,23 @@ from bayesdl import _checks, ops
 from bayesdl.errors import SettingError, fail
 from bayesdl.hyper import Parameter
 from bayesdl.kernels import Kernel
-from bayesdl.likelihoods import Gaussian
+from bayesdl.likelihoods import Gaussian, Likelihood
 
 
 @dataclass(frozen=True)
 class GP:
-    """A Gaussian process with a kernel, a mean and Gaussian noise.
+    """A Gaussian process with a kernel, a mean and a likelihood.
 
     Attributes:
         kernel: Any kernel of `bayesdl.kernels`. Its amplitude is its own: `Scale(Matern())` learns one, `Matern()` has
             variance 1, which suits standardised targets.
         mean: "constant" (learned) or "zero".
-        likelihood: Gaussian noise; engines learn its variance.
+        likelihood: Gaussian noise, whose variance engines learn, or a likelihood of classes.
     """
 
     kernel: Kernel
     mean: str = "constant"
-    likelihood: Gaussian = field(default_factory=Gaussian)
+    likelihood: Likelihood = field(default_factory=Gaussian)
 
     def __post_init__(self) -> None:
         _checks.choice("GP", "mean", self.mean, ("constant", "zero"))
@@ -35,10 +35,10 @@ class GP:
             wanted = "kernel must be a kernel of bayesdl.kernels."
             fix = "for instance bdl.kernels.Matern(nu=2.5)"
             fail(SettingError, "GP", wanted, got=_checks.describe(self.kernel), fix=fix)
-        if not isinstance(self.likelihood, Gaussian):
-            wanted = "likelihood must be Gaussian."
-            fix = "bdl.BNN takes bdl.Bernoulli() and bdl.Categorical(num_classes)"
-            fail(SettingError, "GP", wanted, got=repr(self.likelihood), fix=fix)
+        if not hasattr(self.likelihood, "value_and_slope"):
+            wanted = "likelihood must be a likelihood of bayesdl."
+            fix = "bdl.Gaussian(), bdl.Bernoulli() or bdl.Categorical(num_classes)"
+            fail(SettingError, "GP", wanted, got=_checks.describe(self.likelihood), fix=fix)
 
     def layout(self, d: int) -> Layout:
         """How the hyper-parameters for d inputs lie in one flat vector."""

@@ -27,7 +27,8 @@ class Posterior(abc.ABC):
     *b; answers have shape (..., s), or (..., s, k) where y had an output axis.
     """
 
-    form: ClassVar[str]
+    form: ClassVar[str]  # how a file calls this class
+    model_kind: ClassVar[str]  # name of the model class that a file of this form must hold
 
     def __init__(
         self,

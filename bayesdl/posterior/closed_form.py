@@ -32,6 +32,7 @@ class GPPosterior(Posterior):
     """
 
     form: ClassVar[str] = "closed_form"
+    model_kind: ClassVar[str] = "GP"
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class DrawsPosterior(Posterior):
     """
 
     form: ClassVar[str] = "draws"
+    model_kind: ClassVar[str] = "BNN"
 
     def __init__(
         self,

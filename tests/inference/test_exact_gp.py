@@ -161,8 +161,8 @@ def test_settings_and_models_are_checked_at_the_door():
         bdl.ExactGP(bdl.GP(bdl.kernels.RBF()), num_starts=0)
     with pytest.raises(SettingError, match=r"bdl\.HMC"):
         bdl.ExactGP(bdl.BNN())
-    with pytest.raises(SettingError, match="likelihood must be Gaussian"):
-        bdl.GP(bdl.kernels.RBF(), likelihood=bdl.Bernoulli())
+    with pytest.raises(SettingError, match="must have a Gaussian likelihood"):
+        bdl.ExactGP(bdl.GP(bdl.kernels.RBF(), likelihood=bdl.Bernoulli()))
     with pytest.raises(SettingError, match=r"bdl\.kernels\.Matern"):
         bdl.GP("rbf")
 
