@@ -8,10 +8,15 @@ distance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from bayesdl.errors import ShapeError, fail
+
+# Two or three blocks are alive at once; together they should stay within a core's second-level cache.
+_BLOCK_BYTES = 2**19
 
 
 def sqdist(x: Tensor, z: Tensor | None = None) -> Tensor:
@@ -51,19 +56,66 @@ def sqdist(x: Tensor, z: Tensor | None = None) -> Tensor:
     return d2.masked_fill(d2 <= _threshold(norm), 0.0)
 
 
-def sqdist_centred(x: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`factor * sqdist(x)` without a graph, for rows already centred: a single product and one pass in place.
+def sqdist_centred(
+    x: Tensor,
+    factor: float = 1.0,
+    offset: Tensor | None = None,
+    then: Callable[[Tensor, slice], None] | None = None,
+) -> Tensor:
+    """`factor * sqdist(x) + offset` (*b n n) without a graph, for rows already centred: one product, then in place.
 
-    Returns the multiples (*b n n), which the caller may overwrite, and (x, 1) (*b n d+1), which gradients need as well.
+    Args:
+        x: (*b n d), rows centred.
+        factor: Multiplies the distances.
+        offset: Added to them: (), or (*b 1 1) with batch axes that x has as well. None for 0.
+        then: Called with each block of rows (a view of the result) and its place, to be finished in place while it is
+            still in the cache. A batch is one block, `slice(None)`.
     """
     # |x_i - x_j|^2 = (-2 x_i, |x_i|^2, 1) . (x_j, 1, |x_j|^2)
-    norm = (x * x).sum(-1, keepdim=True).mul_(factor)
+    norm = (x * x).sum(-1, keepdim=True)
+    if factor != 1.0:
+        norm.mul_(factor)
     ones = torch.ones_like(norm)
-    right = torch.cat([x, ones, norm], -1)
-    d2 = torch.cat([x * (-2.0 * factor), norm, ones], -1) @ right.mT
-    d2 = d2.clamp_min_(0.0) if factor > 0 else d2.clamp_max_(0.0)
-    d2.diagonal(dim1=-2, dim2=-1).zero_()
-    return d2, right[..., :-1]
+    left = torch.cat([x * (-2.0 * factor), norm, ones], -1)
+    right = torch.cat([x, ones, norm if offset is None else norm + offset], -1).mT
+    n = x.shape[-2]
+    blocks = row_blocks(x, n, n)
+    if len(blocks) == 1:
+        d2 = _finish(left @ right, 0, factor, offset)
+        if then is not None:
+            then(d2, slice(None))
+        return d2
+    d2 = torch.empty(n, n, dtype=x.dtype, device=x.device)
+    for rows in blocks:
+        block = torch.mm(left[rows], right, out=d2[rows])
+        _finish(block, rows.start, factor, offset)
+        if then is not None:
+            then(block, rows)
+    return d2
+
+
+def row_blocks(like: Tensor, n: int, m: int) -> list[slice]:
+    """Rows of an (n, m) matrix in pieces that a core's cache holds; one piece in a batch, on a GPU, or at small n.
+
+    `like` tells dtype, device and, by having more than two axes, that there is a batch.
+    """
+    rows = _BLOCK_BYTES // max(1, m * like.element_size())
+    if like.ndim > 2 or like.device.type != "cpu" or 2 * rows >= n or rows == 0:
+        return [slice(None)]
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def _finish(d2: Tensor, first: int, factor: float, offset: Tensor | None) -> Tensor:
+    """Distances that rounding has made negative become 0, and so does the diagonal, which starts at column `first`."""
+    diagonal = d2.diagonal(first, -2, -1)
+    if offset is None:
+        d2 = d2.clamp_min_(0.0) if factor > 0 else d2.clamp_max_(0.0)
+        diagonal.zero_()
+    else:
+        bound = torch.maximum if factor > 0 else torch.minimum
+        d2 = bound(d2, offset, out=d2)
+        diagonal.copy_(offset if offset.ndim == 0 else offset.squeeze(-1))
+    return d2
 
 
 def _expand(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

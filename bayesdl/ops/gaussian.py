@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bayesdl.errors import ShapeError, fail
 from bayesdl.ops.factor import cholesky
+from bayesdl.ops.ragged import check_lengths, real_rows, uncouple
 
 
 class GPState(NamedTuple):
@@ -37,7 +38,9 @@ class GPState(NamedTuple):
     jitter: Tensor
 
 
-def condition(k_xx: Tensor, x: Tensor, residual: Tensor, noise_variance: Tensor) -> GPState:
+def condition(
+    k_xx: Tensor, x: Tensor, residual: Tensor, noise_variance: Tensor, *, lengths: Tensor | None = None
+) -> GPState:
     """Factor the covariance of the targets once.
 
     Args:
@@ -45,11 +48,14 @@ def condition(k_xx: Tensor, x: Tensor, residual: Tensor, noise_variance: Tensor)
         x: (*b n d), kept for later use only.
         residual: (*b n).
         noise_variance: (*b).
+        lengths: (*b) how many rows of each element are real, where sets of different sizes are padded to one; None for
+            all. The padding then has alpha 0 and a factor of its own, the identity; what it held does not matter, as
+            long as k_xx between the real rows is right (kernels centre on all rows: let it be finite and near them).
 
     An element that no jitter makes positive definite comes back with NaN in `chol`, `alpha` and `jitter`.
 
     Raises:
-        ShapeError: The sizes of k_xx, x and residual differ.
+        ShapeError: The sizes of k_xx, x and residual differ, or a length is not in 1..n.
 
     Cost: n^3 / 3 multiplications per batch element.
     """
@@ -62,69 +68,53 @@ def condition(k_xx: Tensor, x: Tensor, residual: Tensor, noise_variance: Tensor)
             got=f"k_xx {tuple(k_xx.shape)}, x {tuple(x.shape)}, residual {tuple(residual.shape)}",
             fix="pass the covariance of these inputs and one residual for each",
         )
-    chol, jitter, _ = cholesky(add_diagonal(k_xx, noise_variance))
+    if lengths is None:
+        a = add_diagonal(k_xx, noise_variance)
+    else:
+        check_lengths("ops.condition", lengths, noise_variance.shape, n)
+        real = real_rows(lengths, n)
+        residual = residual.masked_fill(~real, 0.0)
+        on_diagonal = torch.where(real, noise_variance.unsqueeze(-1), torch.ones_like(residual))
+        a = uncouple(k_xx, real) + torch.diag_embed(on_diagonal)
+    chol, jitter, _ = cholesky(a)
     return GPState(x, residual, noise_variance, chol, solve(chol, residual), jitter)
 
 
-def append(state: GPState, k_xn: Tensor, k_nn: Tensor, x_new: Tensor, residual_new: Tensor) -> GPState:
-    r"""The state after q more values, by extending the factor instead of forming it anew.
-
-        [[L, 0], [S', M]],    S = L^{-1} K_xn,    M M' = K_nn + noise_variance I - S' S
-
-    Args:
-        state: The state so far.
-        k_xn: (*b n q) prior covariance between the old and the new inputs.
-        k_nn: (*b q q) prior covariance of the new ones, without noise.
-        x_new: (*b q d).
-        residual_new: (*b q).
-
-    Leading axes in front of those of the state (candidates, samples) are allowed in every argument.
-
-    Cost: O(n^2 q + q^3), where `condition` would take O((n + q)^3).
-    """
-    cross = solve_lower(state.chol, k_xn)
-    # Jitter that the old block needed belongs to the same noise model, so the new block gets it as well.
-    schur = add_diagonal(k_nn, state.noise_variance + state.jitter) - cross.mT @ cross
-    corner, extra, _ = cholesky(schur)
-    batch = corner.shape[:-2]
-    n, q = k_xn.shape[-2:]
-    top = torch.cat([state.chol.expand(*batch, n, n), corner.new_zeros(*batch, n, q)], -1)
-    chol = torch.cat([top, torch.cat([cross.expand(*batch, n, q).mT, corner], -1)], -2)
-    lead = torch.broadcast_shapes(state.residual.shape[:-1], residual_new.shape[:-1])
-    residual = torch.cat([state.residual.expand(*lead, n), residual_new.expand(*lead, q)], -1)
-    lead = torch.broadcast_shapes(state.x.shape[:-2], x_new.shape[:-2])
-    x = torch.cat([state.x.expand(*lead, *state.x.shape[-2:]), x_new.expand(*lead, *x_new.shape[-2:])], -2)
-    jitter = torch.maximum(state.jitter, extra)
-    return GPState(x, residual, state.noise_variance, chol, solve(chol, residual), jitter)
-
-
-def marginal_moments(state: GPState, k_xs: Tensor, k_ss_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+def marginal_moments(
+    state: GPState, k_xs: Tensor, k_ss_diagonal: Tensor, *, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Posterior mean and variance of f at each test point, both (*b s), without noise.
 
     Args:
         state: The state.
         k_xs: (*b n s) prior covariance between data and test points.
         k_ss_diagonal: (*b s) prior variances at the test points.
+        lengths: (*b) as in `condition`.
 
     The variance is clamped at 0. Both are differentiable in k_xs and k_ss_diagonal.
 
     Cost: O(n^2 s).
     """
+    k_xs = _without_padding(k_xs, lengths)
     half = solve_lower(state.chol, k_xs)
     mean = (k_xs.mT @ state.alpha.unsqueeze(-1)).squeeze(-1)
     return mean, (k_ss_diagonal - half.square().sum(-2)).clamp_min(0.0)
 
 
-def joint_moments(state: GPState, k_xs: Tensor, k_ss: Tensor) -> tuple[Tensor, Tensor]:
+def joint_moments(
+    state: GPState, k_xs: Tensor, k_ss: Tensor, *, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Posterior mean (*b s) and covariance (*b s s) of f at the test points together, without noise.
 
     Args:
         state: The state.
         k_xs: (*b n s) prior covariance between data and test points.
         k_ss: (*b s s) prior covariance of the test points.
+        lengths: (*b) as in `condition`.
 
     Cost: O(n^2 s + n s^2).
     """
+    k_xs = _without_padding(k_xs, lengths)
     half = solve_lower(state.chol, k_xs)
     mean = (k_xs.mT @ state.alpha.unsqueeze(-1)).squeeze(-1)
     return mean, k_ss - half.mT @ half
@@ -135,7 +125,7 @@ def leave_one_out(state: GPState) -> tuple[Tensor, Tensor]:
 
         mean_i = residual_i - alpha_i / (A^{-1})_ii,    variance_i = 1 / (A^{-1})_ii,    A = K_xx + noise_variance I
 
-    The variance includes the noise: it is that of the target, not of f.
+    The variance includes the noise: it is that of the target, not of f. Padding comes back with mean 0 and variance 1.
 
     Cost: n^3 / 3 multiplications.
 
@@ -146,11 +136,16 @@ def leave_one_out(state: GPState) -> tuple[Tensor, Tensor]:
     return state.residual - state.alpha / precision, precision.reciprocal()
 
 
-def log_marginal(state: GPState) -> Tensor:
+def log_marginal(state: GPState, *, lengths: Tensor | None = None) -> Tensor:
     """log N(residual | 0, K_xx + noise_variance I), shape (*b): a sum over the data, not a mean."""
-    n = state.residual.shape[-1]
+    # Integer tensors times a Python float would come out in float32.
+    n = state.residual.shape[-1] if lengths is None else lengths.to(state.residual.dtype)
     log_det = state.chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return -0.5 * (state.residual * state.alpha).sum(-1) - log_det - 0.5 * n * math.log(2 * math.pi)
+
+
+def _without_padding(k_xs: Tensor, lengths: Tensor | None) -> Tensor:
+    return k_xs if lengths is None else k_xs.masked_fill(~real_rows(lengths, k_xs.shape[-2]).unsqueeze(-1), 0.0)
 
 
 def add_diagonal(k: Tensor, value: Tensor) -> Tensor:

@@ -1,24 +1,30 @@
 r"""L-BFGS for a batch of independent problems: every step is one fused evaluation of all problems that still run.
 
-    theta <- theta + t p,    p = -H g,    H from the last `history` pairs (s, y) by the two-loop recursion
+    theta <- theta + t p,    p = -H g,    H from the last `history` pairs (s, y) in the compact form
+
+    H = gamma I + [S, gamma Y] [[R^-T (D + gamma Y'Y) R^-1, -R^-T], [-R^-1, 0]] [S, gamma Y]'
+
+with R the upper triangle of S'Y and D its diagonal.
 
 Each problem has its own step length, found by bracketing the weak Wolfe conditions
 
     f(theta + t p) <= f + 1e-4 t g.p,        p . g(theta + t p) >= 0.9 g.p
 
 so that one problem may be in its third trial step while another is converged. Converged problems are no longer passed
-to the objective. Everything is deterministic.
+to the objective. Everything is deterministic. The optimiser's own numbers are few and lie on the host in float64,
+whatever the objective's device: each evaluation costs one transfer each way, and no other step touches the device.
 
-References: Nocedal, Wright (2006), algorithm 7.4; Lewis, Overton (2013), "Nonsmooth optimization via quasi-Newton
-methods", for the bracketing.
+References: Byrd, Nocedal, Schnabel (1994), theorem 2.2, for the compact form; Lewis, Overton (2013), "Nonsmooth
+optimization via quasi-Newton methods", for the bracketing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +32,7 @@ from bayesdl.errors import SettingError, ShapeError, fail
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Callback = Callable[[Tensor, Tensor], None]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _ARMIJO = 1e-4
 _WOLFE = 0.9
@@ -82,7 +89,7 @@ def minimize_lbfgs(
         ShapeError: `theta0` is not (P D), or the objective returns other shapes.
         SettingError: `max_iterations` or `history` is below 1.
 
-    Cost: O(history P D) beside each evaluation.
+    Cost: O(history (history + D) P) beside each evaluation.
     """
     if theta0.ndim != 2:
         fail(
@@ -100,12 +107,12 @@ def minimize_lbfgs(
             got=f"max_iterations {max_iterations}, history {history}",
             fix="pass positive numbers",
         )
-    with torch.no_grad():
-        run = _Run(value_and_grad, theta0.detach().clone(), history, tolerance_grad, tolerance_change, max_iterations)
-        while run.active.numel() > 0:
+    with torch.no_grad(), np.errstate(all="ignore"):
+        run = _Run(value_and_grad, theta0.detach(), history, tolerance_grad, tolerance_change, max_iterations)
+        while run.active.size > 0:
             run.step()
             if callback is not None:
-                callback(run.iterations.clone(), run.value.clone())
+                callback(run.back(run.iterations), run.back(run.value))
         return run.result()
 
 
@@ -114,159 +121,162 @@ class _Run:
     """All of the optimiser's state, one row a problem; `step` advances every active row by one evaluation."""
 
     value_and_grad: Objective
-    theta: Tensor
+    start: Tensor
     history: int
     tolerance_grad: float
     tolerance_change: float
     max_iterations: int
 
     def __post_init__(self) -> None:
+        self.theta = self.start.to("cpu", torch.float64).numpy().copy()
+        self.eps = torch.finfo(self.start.dtype).eps
         p, d = self.theta.shape
-        like = self.theta
         self.evaluations = 0
-        self.iterations = torch.zeros(p, dtype=torch.long, device=like.device)
-        self.converged = torch.zeros(p, dtype=torch.bool, device=like.device)
-        self.s = like.new_zeros(self.history, p, d)
-        self.y = like.new_zeros(self.history, p, d)
-        self.rho = like.new_zeros(self.history, p)  # 0 marks an empty slot, which the recursion then skips by itself
-        self.gamma = like.new_ones(p)
-        self.active = torch.arange(p, device=like.device)
-        self.value, self.grad = like.new_full((p,), torch.inf), torch.zeros_like(like)
-        self.trace = like.new_full((p, self.max_iterations + 1), torch.nan)
+        self.iterations = np.zeros(p, dtype=np.int64)
+        self.converged = np.zeros(p, dtype=bool)
+        self.s, self.y = np.zeros((p, self.history, d)), np.zeros((p, self.history, d))  # the newest pair first
+        self.used = np.zeros(p, dtype=np.int64)
+        self.gamma = np.ones(p)
+        self.active = np.arange(p)
+        self.value, self.grad = np.full(p, np.inf), np.zeros((p, d))
+        self.trace = np.full((p, self.max_iterations + 1), np.nan)
+        self.direction, self.slope = np.zeros((p, d)), np.zeros(p)
+        self.t, self.low, self.high = np.zeros(p), np.zeros(p), np.zeros(p)
+        self.low_value, self.low_slope = np.zeros(p), np.zeros(p)
+        self.trials = np.zeros(p, dtype=np.int64)
         if p == 0:
             return
         self.value, self.grad = self._evaluate(self.theta, self.active)
-        finite = self.value.isfinite() & self.grad.isfinite().all(-1)
+        finite = np.isfinite(self.value) & np.isfinite(self.grad).all(-1)
         self.trace[:, 0] = self.value
-        self.converged = finite & (self.grad.abs().amax(-1) <= self.tolerance_grad) if d else finite
-        self.active = (finite & ~self.converged).nonzero().squeeze(-1)
-        self._new_search(self.active, first=True)
+        self.converged = finite & (np.abs(self.grad).max(-1, initial=0.0) <= self.tolerance_grad)
+        self.active = (finite & ~self.converged).nonzero()[0]
+        self._new_search(self.active)
 
-    def _evaluate(self, theta: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        value, grad = self.value_and_grad(theta, indices)
+    def back(self, numbers: Array) -> Tensor:
+        """A copy as a tensor on the device of the problems, floats in their dtype."""
+        tensor = torch.from_numpy(numbers.copy())
+        return tensor.to(self.start) if tensor.is_floating_point() else tensor.to(self.start.device)
+
+    def _evaluate(self, theta: Array, indices: Array) -> tuple[Array, Array]:
+        value, grad = self.value_and_grad(self.back(theta), self.back(indices))
         self.evaluations += 1
         if value.shape != indices.shape or grad.shape != theta.shape:
             fail(
                 ShapeError,
                 "ops.minimize_lbfgs",
-                f"the objective must return values {tuple(indices.shape)} and gradients {tuple(theta.shape)}.",
+                f"the objective must return values {indices.shape} and gradients {theta.shape}.",
                 got=f"{tuple(value.shape)} and {tuple(grad.shape)}",
                 fix="return one value and one gradient row for each row of theta",
             )
-        return value.detach().to(theta), grad.detach().to(theta)
+        both = torch.cat([value.detach().unsqueeze(-1), grad.detach()], -1).to("cpu", torch.float64).numpy()
+        return both[:, 0], both[:, 1:]
 
-    def _new_search(self, rows: Tensor, first: bool = False) -> None:
+    def _new_search(self, rows: Array) -> None:
         """Direction, slope and an open bracket for `rows`."""
-        if first:
-            p = self.theta.shape[0]
-            self.direction, self.slope = torch.zeros_like(self.theta), self.theta.new_zeros(p)
-            self.t, self.low, self.high = (self.theta.new_zeros(p) for _ in range(3))
-            self.low_value, self.low_slope = self.theta.new_zeros(p), self.theta.new_zeros(p)
-            self.trials = torch.zeros_like(self.iterations)
         g = self.grad[rows]
         direction = -self._inverse_hessian_times(g, rows)
         slope = (direction * g).sum(-1)
         # A direction that rounding has turned uphill is replaced by steepest descent.
-        bad = ~(slope < 0) | ~direction.isfinite().all(-1)
-        direction = torch.where(bad[:, None], -g, direction)
-        slope = torch.where(bad, -(g * g).sum(-1), slope)
+        bad = ~(slope < 0) | ~np.isfinite(direction).all(-1)
+        if bad.any():
+            direction[bad], slope[bad] = -g[bad], -(g[bad] * g[bad]).sum(-1)
+        unscaled = bad | (self.used[rows] == 0)
         self.direction[rows], self.slope[rows] = direction, slope
-        unscaled = bad | (self.rho[:, rows] == 0).all(0)
-        self.t[rows] = torch.where(unscaled, (1.0 / g.abs().sum(-1)).clamp_max(1.0), torch.ones_like(slope))
-        self.low[rows], self.high[rows] = 0.0, torch.inf
+        self.t[rows] = np.where(unscaled, np.minimum(1.0 / np.abs(g).sum(-1), 1.0), 1.0)
+        self.low[rows], self.high[rows] = 0.0, np.inf
         self.low_value[rows], self.low_slope[rows] = self.value[rows], slope
         self.trials[rows] = 0
 
-    def _inverse_hessian_times(self, g: Tensor, rows: Tensor) -> Tensor:
-        """The two-loop recursion; slot 0 holds the newest pair."""
-        s, y, rho = self.s[:, rows], self.y[:, rows], self.rho[:, rows]
-        q, alphas = g.clone(), []
-        for i in range(self.history):
-            alpha = rho[i] * (s[i] * q).sum(-1)
-            alphas.append(alpha)
-            q = q - alpha[:, None] * y[i]
-        q = q * self.gamma[rows][:, None]
-        for i in reversed(range(self.history)):
-            beta = rho[i] * (y[i] * q).sum(-1)
-            q = q + s[i] * (alphas[i] - beta)[:, None]
-        return q
+    def _inverse_hessian_times(self, g: Array, rows: Array) -> Array:
+        most = int(self.used[rows].max(initial=0))
+        if most == 0:
+            return g.copy()
+        s, y = self.s[rows, :most], self.y[rows, :most]
+        gamma, g = self.gamma[rows][:, None, None], g[:, :, None]
+        # With the newest pair first, R is the lower triangle of S'Y; empty slots get 1 on its diagonal.
+        r = (s @ y.transpose(0, 2, 1)) * np.tri(most)
+        curvature = r.diagonal(0, 1, 2)[:, :, None].copy()
+        if int(self.used[rows].min()) < most:
+            r += np.eye(most) * (curvature == 0)
+        inverse = np.linalg.inv(r)
+        a = inverse @ (s @ g)
+        y_a = y.transpose(0, 2, 1) @ a
+        b = inverse.transpose(0, 2, 1) @ (curvature * a + gamma * (y @ (y_a - g)))
+        return (gamma * (g - y_a) + s.transpose(0, 2, 1) @ b)[:, :, 0]
 
     def step(self) -> None:
         """Try the current step length of every active problem, then accept it, shorten it or lengthen it."""
         rows = self.active
-        t = self.t[rows]
-        theta = self.theta[rows] + t[:, None] * self.direction[rows]
+        t, direction = self.t[rows], self.direction[rows]
+        theta = self.theta[rows] + t[:, None] * direction
         value, grad = self._evaluate(theta, rows)
-        finite = value.isfinite() & grad.isfinite().all(-1)
-        slope = (grad * self.direction[rows]).sum(-1)
+        finite = np.isfinite(value) & np.isfinite(grad).all(-1)
+        slope = (grad * direction).sum(-1)
         too_long = ~finite | (value > self.value[rows] + _ARMIJO * t * self.slope[rows])
         too_short = ~too_long & (slope < _WOLFE * self.slope[rows])
         self.trials[rows] += 1
         spent = self.trials[rows] >= _MAX_TRIALS
         accept = ~too_long & (~too_short | spent)
-        self._narrow(rows, t, value, slope, too_long & ~spent, too_short & ~spent, finite)
+        if not accept.all():
+            self._narrow(rows, t, value, slope, too_long & ~spent, too_short & ~spent, finite)
         # Out of trials without any decrease: the numbers allow no further progress along this line. Where a full step
         # promised next to none, that is what converging looks like.
         stuck = too_long & spent
-        promised = -self.slope[rows] <= self.tolerance_change * self.value[rows].abs().clamp_min(1.0)
+        promised = -self.slope[rows] <= self.tolerance_change * np.maximum(np.abs(self.value[rows]), 1.0)
         self.converged[rows[stuck & promised]] = True
         kept = rows[accept]
-        self._accept(kept, theta[accept], value[accept], grad[accept])
-        stop = torch.zeros_like(self.converged)
+        if kept.size > 0:
+            self._accept(kept, theta[accept], value[accept], grad[accept])
+        stop = self.converged | (self.iterations >= self.max_iterations)
         stop[rows[stuck]] = True
-        stop |= self.converged | (self.iterations >= self.max_iterations)
         self.active = rows[~stop[rows]]
         going = kept[~stop[kept]]
-        if going.numel() > 0:
+        if going.size > 0:
             self._new_search(going)
 
     def _narrow(
-        self, rows: Tensor, t: Tensor, value: Tensor, slope: Tensor, too_long: Tensor, too_short: Tensor, finite: Tensor
+        self, rows: Array, t: Array, value: Array, slope: Array, too_long: Array, too_short: Array, finite: Array
     ) -> None:
         low, high = self.low[rows], self.high[rows]
         low_value, low_slope = self.low_value[rows], self.low_slope[rows]
         # Minimum of the parabola through the lower end (value and slope) and this point, kept inside the bracket.
         width = t - low
         bend = value - low_value - low_slope * width
-        guess = low - 0.5 * low_slope * width.square() / bend
-        inside = finite & (bend > 0) & guess.isfinite()
-        shorter = torch.where(inside, guess, low + 0.5 * width).clamp(low + 0.1 * width, low + 0.6 * width)
-        shorter = torch.where(finite, shorter, low + 0.1 * width)
-        longer = torch.where(high.isfinite(), 0.5 * (t + high), 2.0 * t)
-        self.high[rows] = torch.where(too_long, t, high)
-        self.low[rows] = torch.where(too_short, t, low)
-        self.low_value[rows] = torch.where(too_short, value, low_value)
-        self.low_slope[rows] = torch.where(too_short, slope, low_slope)
-        self.t[rows] = torch.where(too_long, shorter, torch.where(too_short, longer, t))
+        guess = low - 0.5 * low_slope * width**2 / bend
+        inside = finite & (bend > 0) & np.isfinite(guess)
+        shorter = np.clip(np.where(inside, guess, low + 0.5 * width), low + 0.1 * width, low + 0.6 * width)
+        shorter = np.where(finite, shorter, low + 0.1 * width)
+        longer = np.where(np.isfinite(high), 0.5 * (t + high), 2.0 * t)
+        self.high[rows] = np.where(too_long, t, high)
+        self.low[rows] = np.where(too_short, t, low)
+        self.low_value[rows] = np.where(too_short, value, low_value)
+        self.low_slope[rows] = np.where(too_short, slope, low_slope)
+        self.t[rows] = np.where(too_long, shorter, np.where(too_short, longer, t))
 
-    def _accept(self, rows: Tensor, theta: Tensor, value: Tensor, grad: Tensor) -> None:
+    def _accept(self, rows: Array, theta: Array, value: Array, grad: Array) -> None:
         s, y = theta - self.theta[rows], grad - self.grad[rows]
-        change = (self.value[rows] - value).abs()
-        scale = torch.maximum(self.value[rows].abs(), value.abs()).clamp_min(1.0)
+        before = self.value[rows]
+        scale = np.maximum(np.maximum(np.abs(before), np.abs(value)), 1.0)
+        small = np.abs(before - value) <= self.tolerance_change * scale
         self.theta[rows], self.value[rows], self.grad[rows] = theta, value, grad
         self.iterations[rows] += 1
         self.trace[rows, self.iterations[rows]] = value
-        self.converged[rows] = (grad.abs().amax(-1) <= self.tolerance_grad) | (change <= self.tolerance_change * scale)
+        self.converged[rows] = small | (np.abs(grad).max(-1, initial=0.0) <= self.tolerance_grad)
         curvature, length = (s * y).sum(-1), (y * y).sum(-1)
-        useful = curvature > torch.finfo(theta.dtype).eps * length
+        useful = curvature > self.eps * length
         kept = rows[useful]
-        if kept.numel() == 0:
+        if kept.size == 0:
             return
-        self.s[:, kept], self.y[:, kept] = self.s[:, kept].roll(1, 0), self.y[:, kept].roll(1, 0)
-        self.rho[:, kept] = self.rho[:, kept].roll(1, 0)
-        self.s[0, kept], self.y[0, kept] = s[useful], y[useful]
-        self.rho[0, kept] = 1.0 / curvature[useful]
+        for pairs, newest in ((self.s, s), (self.y, y)):
+            pairs[kept, 1:] = pairs[kept, :-1]
+            pairs[kept, 0] = newest[useful]
+        self.used[kept] = np.minimum(self.used[kept] + 1, self.history)
         self.gamma[kept] = curvature[useful] / length[useful]
 
     def result(self) -> LBFGSResult:
         """The final state, with the trace cut to the longest run."""
-        longest = int(self.iterations.max()) + 1 if self.iterations.numel() else 1
-        return LBFGSResult(
-            self.theta,
-            self.value,
-            self.grad,
-            self.iterations,
-            self.evaluations,
-            self.converged,
-            self.trace[:, :longest],
-        )
+        longest = int(self.iterations.max(initial=0)) + 1
+        theta, value, grad, iterations = (self.back(v) for v in (self.theta, self.value, self.grad, self.iterations))
+        trace = self.back(self.trace[:, :longest])
+        return LBFGSResult(theta, value, grad, iterations, self.evaluations, self.back(self.converged), trace)

@@ -65,27 +65,43 @@ class _Matern(torch.autograd.Function):
         return grads[0] * slope, None
 
 
-def matern_inplace(u: Tensor, nu: float) -> tuple[Tensor, Tensor]:
-    """Value, and a tensor that is the slope in d2 up to `matern_slope_factor(nu)`; u = 2 nu d2 is consumed."""
+def matern_inplace(u: Tensor, nu: float, slope: Tensor, log_scale: Tensor | None = None) -> None:
+    """Overwrites u = 2 nu d2 by the value, and `slope` by the slope in d2 up to `matern_slope_factor(nu)`.
+
+    Both are multiplied by exp(log_scale), which costs nothing here.
+    """
+    # One more buffer than value and slope: r where the slope has no place for it, the decay where it has.
+    if nu == 2.5:
+        r = torch.sqrt(u, out=slope)
+        decay = _decay(r, log_scale, None)
+        # (1 + r) exp(-r) is the slope of nu = 2.5, and with r^2 / 3 exp(-r) more the value.
+        torch.addcmul(decay, decay, r, out=slope)
+        torch.addcmul(slope, u, decay, value=1.0 / 3.0, out=u)
+        return
     r = u.sqrt()
-    decay = r.neg().exp_()
-    if nu == 0.5:
-        slope = torch.div(decay, r, out=u)
-        slope.masked_fill_(r == 0, 0.0)
-        return decay, slope
-    # (1 + r) exp(-r) is the value of nu = 1.5 and the slope of nu = 2.5, where u / 3 exp(-r) more is the value.
-    middle = torch.addcmul(decay, decay, r, out=r)
     if nu == 1.5:
-        return middle, decay
-    return torch.addcmul(middle, u, decay, value=1.0 / 3.0, out=u), middle
+        decay = _decay(r, log_scale, slope)
+        torch.addcmul(decay, decay, r, out=u)
+        return
+    decay = _decay(r, log_scale, u)
+    torch.div(decay, r, out=slope)
+    slope.masked_fill_(r == 0, 0.0)
+
+
+def _decay(r: Tensor, log_scale: Tensor | None, out: Tensor | None) -> Tensor:
+    exponent = torch.neg(r, out=out) if log_scale is None else torch.sub(log_scale, r, out=out)
+    return exponent.exp_()
 
 
 def matern_slope_factor(nu: float) -> float:
-    """What the second result of `matern_inplace` must be multiplied by to be dk / d(d2)."""
+    """What the slope of `matern_inplace` must be multiplied by to be dk / d(d2)."""
     return {0.5: -0.5, 1.5: -1.5, 2.5: -5.0 / 6.0}[nu]
 
 
-def rational_quadratic_inplace(d2: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Value, and t = 1 + d2 / (2 alpha); the slope is -value / (2 t); `d2` is consumed."""
-    t = d2.div_(2.0 * alpha).add_(1.0)
-    return t.log().mul_(-alpha).exp_(), t
+def rational_quadratic_inplace(d2: Tensor, alpha: Tensor, t: Tensor, log_scale: Tensor | None = None) -> None:
+    """Overwrites d2 by the value, times exp(log_scale), and t by 1 + d2 / (2 alpha); the slope is -value / (2 t)."""
+    torch.div(d2, 2.0 * alpha, out=t).add_(1.0)
+    torch.log(t, out=d2).mul_(-alpha)
+    if log_scale is not None:
+        d2.add_(log_scale)
+    d2.exp_()

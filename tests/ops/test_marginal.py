@@ -164,6 +164,48 @@ def test_float32_stays_float32():
     torch.testing.assert_close(result.value.double(), double.value, rtol=1e-3, atol=1e-3)
 
 
+def _student_t(a, b, n):
+    """h and h' of a Gaussian whose variance has an InverseGamma(a, b) scale; a, b of the whole flattened batch."""
+
+    def energy(q, index):
+        shape, rate = a.reshape(-1)[index], b.reshape(-1)[index]
+        h = torch.lgamma(shape + n / 2) - torch.lgamma(shape) + shape * rate.log()
+        return h - (shape + n / 2) * (rate + q / 2).log(), -(shape + n / 2) / (2 * rate + q)
+
+    return energy
+
+
+@pytest.mark.parametrize("name", ["matern", "nngp"])
+@pytest.mark.parametrize(("batch", "tile"), [((), None), ((2, 3), None), ((2, 3), 2), ((2, 3), 1)])
+def test_an_energy_makes_it_a_student_t_process(name, batch, tile):
+    """Value and every gradient against autograd through a multivariate t, with a scale prior for each problem."""
+    kernel, n = KERNELS[name], 6
+    x, params, residual, noise = _problem(kernel, batch, n)
+    g = torch.Generator().manual_seed(5)
+    a, b = (0.7 + 3 * torch.rand(batch, generator=g, dtype=torch.float64) for _ in range(2))
+    tile_bytes = None if tile is None else tile * n * n * 8
+    energy = _student_t(a, b, n)
+    result = ops.mll_and_grad(
+        kernel.value_and_pullback, x, params, residual, noise, energy=energy, tile_bytes=tile_bytes
+    )
+    leaves = [value.clone().requires_grad_() for value in (noise, residual, *params.values())]
+    k = kernel(x, None, dict(zip(params, leaves[2:], strict=True)))
+    k = k + leaves[0][..., None, None] * torch.eye(n, dtype=x.dtype)
+    # The marginal of r ~ N(0, s A), s ~ InverseGamma(a, b): with 2a degrees of freedom and scale matrix (b / a) A.
+    root = torch.linalg.cholesky((b / a)[..., None, None] * k)
+    z = torch.linalg.solve_triangular(root, leaves[1].unsqueeze(-1), upper=False).squeeze(-1)
+    log_root = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    nu = 2 * a
+    value = torch.lgamma((nu + n) / 2) - torch.lgamma(nu / 2) - n / 2 * (nu * math.pi).log() - log_root
+    value = value - (nu + n) / 2 * torch.log1p(z.square().sum(-1) / nu)
+    grads = torch.autograd.grad(value.sum(), leaves)
+    torch.testing.assert_close(result.value, value.detach(), rtol=1e-11, atol=1e-11)
+    for ours, theirs in zip((result.noise_variance, result.residual, *result.params.values()), grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    quadratic = (residual * torch.linalg.solve(k.detach(), residual.unsqueeze(-1)).squeeze(-1)).sum(-1)
+    torch.testing.assert_close(result.quadratic, quadratic, rtol=1e-11, atol=1e-11)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     kernel = KERNELS["matern"]
     x, params, residual, noise = _problem(kernel, (3,), n=5)
