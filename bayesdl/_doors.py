@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 _ROOMS_WITH_RECORDS = ("hyper", "kernels", "likelihoods", "models", "priors")
 _MODELS = ("BNN", "GP")  # of the models, those that a file may name
+_FOREIGN = ("GpytorchKernel", "GpytorchMean")  # wrappers around modules that the reader of a file hands in
 
 
-def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> Posterior:
+def load(path: str | os.PathLike[str], *, module: nn.Module | tuple[nn.Module, ...] | None = None) -> Posterior:
     """Read a posterior that `posterior.save` wrote. Reading runs no code from the file.
 
     Args:
         path: The file.
-        module: The network, for a posterior of `bdl.BNN(module=...)`: a file holds its weights, not its code.
+        module: The network, for a posterior of `bdl.BNN(module=...)`, or the kernel or mean of gpytorch, for one of a
+            `bdl.GP` that has such (`model.module` says which; two as a tuple): a file holds their numbers, not their
+            code.
 
     Raises:
         StorageError: The file is missing, truncated, corrupt, foreign, or of a later format.
@@ -57,6 +60,8 @@ def _resolve(kind: str) -> type:
 
     room, _, name = kind.partition(".")
     public = room in _ROOMS_WITH_RECORDS and not name.startswith("_") and (room != "models" or name in _MODELS)
+    if room == "interop" and name in _FOREIGN:
+        room, public = "interop.gpytorch", True
     found: Any = getattr(importlib.import_module(f"bayesdl.{room}"), name, None) if public else None
     if not isinstance(found, type) or not dataclasses.is_dataclass(found) or inspect.isabstract(found):
         wanted = "the file names settings that this version lacks."
@@ -83,3 +88,24 @@ def sklearn_dataset(name: str) -> Any:
     from bayesdl.interop.sklearn import sklearn_dataset as read
 
     return read(name)
+
+
+def kernel_from_gpytorch(kernel: Any) -> Any:
+    """`interop.gpytorch.from_gpytorch` for a gpytorch kernel; anything else as it is."""
+    from bayesdl.interop import gpytorch as door
+
+    return door.from_gpytorch(kernel) if door.is_kernel(kernel) else kernel
+
+
+def mean_from_gpytorch(mean: Any) -> Any:
+    """`interop.gpytorch.mean_from_gpytorch` for a gpytorch mean; anything else as it is."""
+    from bayesdl.interop import gpytorch as door
+
+    return door.mean_from_gpytorch(mean) if door.is_mean(mean) else mean
+
+
+def kernel_to_gpytorch(kernel: Any, d: int, batch_shape: tuple[int, ...], active_dims: tuple[int, ...] | None) -> Any:
+    """`interop.gpytorch.to_gpytorch`: a kernel as a gpytorch module with trainable hyper-parameters."""
+    from bayesdl.interop.gpytorch import to_gpytorch
+
+    return to_gpytorch(kernel, d, batch_shape=batch_shape, active_dims=active_dims)

@@ -45,8 +45,13 @@ def _refuse(value: Any) -> NoReturn:
     fail(StorageError, "posterior.save", wanted, got=got, fix="keep the code beside the data, and fit again from there")
 
 
-def decode(value: Any, resolve: Callable[[str], type], module: nn.Module | None = None) -> Any:
+Modules = nn.Module | tuple[nn.Module, ...] | None
+
+
+def decode(value: Any, resolve: Callable[[str], type], module: Modules = None) -> Any:
     """The object that `encode` wrote; `resolve` maps "room.Class" to a dataclass, `module` fills in an own network.
+
+    Of several modules the one is taken that reads like the one in the file.
 
     Raises StorageError for an unknown kind, unknown fields, or a network that was not given.
     """
@@ -57,6 +62,8 @@ def decode(value: Any, resolve: Callable[[str], type], module: nn.Module | None 
     if "$tuple" in value:
         return tuple(decode(item, resolve, module) for item in value["$tuple"])
     if "$module" in value:
+        if isinstance(module, tuple):
+            module = next((one for one in module if repr(one) == value["$module"]), None)
         if module is None:
             wanted = "this posterior is of your own network, whose code is not in the file."
             fail(
@@ -64,7 +71,7 @@ def decode(value: Any, resolve: Callable[[str], type], module: nn.Module | None 
                 "bdl.load",
                 wanted,
                 got=" ".join(str(value["$module"]).split())[:200],
-                fix="bdl.load(path, module=network)",
+                fix="bdl.load(path, module=network), with the module that the model had",
             )
         return module
     kind = resolve(str(value.get("kind")))

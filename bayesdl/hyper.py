@@ -1,16 +1,16 @@
 r"""Hyper-parameters and the priors on them, for kernels, means and likelihoods.
 
 A `Parameter` names one hyper-parameter, gives its shape and its initial value, and carries the prior that regularises
-its estimate. Positive parameters are optimised and sampled as u = log theta. The log prior that an optimiser adds is
-the density of theta itself (the mode does not move with the parametrisation that the optimiser happens to use), as in
-GPyTorch and BoTorch; a sampler in u must add the log Jacobian u.
+its estimate. Positive parameters, which nearly all are, are optimised and sampled as u = log theta. The log prior that
+an optimiser adds is the density of theta itself (the mode does not move with the parametrisation that the optimiser
+happens to use), as in GPyTorch and BoTorch; a sampler in u must add the log Jacobian u.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -140,27 +140,70 @@ class HalfNormal:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One positive hyper-parameter of a kernel or likelihood.
+    r"""One hyper-parameter of a kernel, mean or likelihood.
+
+    It is optimised as a number u of any sign, from which its value follows as
+
+        lower + exp(u)                               where only `lower` is finite: the rule
+        u                                            where neither bound is
+        lower + (upper - lower) / (1 + exp(-u))      where both are
+        upper - exp(-u)                              where only `upper` is
 
     Attributes:
         name: Its name; composite kernels prefix it, as in "base.lengthscale" or "0.outputscale".
         shape: () for a scalar, (d,) for one value per input dimension. Batch axes come in front.
         initial: Where optimisation starts, and the value that is used when nothing is optimised.
         prior: Prior on the value, or None for a flat one.
-        lower: The smallest value that a fit may reach, or 0 for none.
+        lower: The smallest value that a fit may reach: 0 for a positive parameter, -inf for one of any sign.
+        upper: The largest one.
     """
 
     name: str
     shape: tuple[int, ...]
-    initial: float | tuple[float, ...]
+    initial: float | tuple[Any, ...]
     prior: HyperPrior | None = None
     lower: float = 0.0
+    upper: float = math.inf
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def is_log(self) -> bool:
+        """Whether its value is lower + exp(u)."""
+        return self.lower > -math.inf and self.upper == math.inf
 
     def prefixed(self, prefix: str) -> Parameter:
         """The same parameter under `prefix.name`."""
-        return Parameter(f"{prefix}.{self.name}", self.shape, self.initial, self.prior, self.lower)
+        return replace(self, name=f"{prefix}.{self.name}")
 
     def initial_tensor(self, like: Tensor) -> Tensor:
         """The initial value, shape `shape`, in the dtype and on the device of `like`."""
         value = torch.as_tensor(self.initial, dtype=like.dtype, device=like.device)
         return value.expand(self.shape).clone()
+
+    def constrained(self, u: Tensor) -> Tensor:
+        """The value at u, elementwise."""
+        if self.is_log:
+            return u.exp() + self.lower if self.lower else u.exp()
+        if self.lower == -math.inf:
+            return u if self.upper == math.inf else self.upper - (-u).exp()
+        return self.lower + (self.upper - self.lower) * u.sigmoid()
+
+    def unconstrained(self, value: Tensor) -> Tensor:
+        """The u that gives `value`, elementwise."""
+        if self.is_log:
+            return (value - self.lower).log()
+        if self.lower == -math.inf:
+            return value if self.upper == math.inf else -(self.upper - value).log()
+        return ((value - self.lower) / (self.upper - self.lower)).logit()
+
+    def slope(self, u: Tensor) -> Tensor:
+        """d value / d u, elementwise."""
+        if self.is_log:
+            return u.exp()
+        if self.lower == -math.inf:
+            return torch.ones_like(u) if self.upper == math.inf else (-u).exp()
+        return (self.upper - self.lower) * u.sigmoid() * (-u).sigmoid()

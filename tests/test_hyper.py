@@ -100,3 +100,20 @@ def test_a_prefix_changes_the_name_only():
     parameter = Parameter("scale", (2,), 0.3, HalfNormal(1.5), 1e-3)
     prefixed = parameter.prefixed("base").prefixed("0")
     assert prefixed == Parameter("0.base.scale", (2,), 0.3, HalfNormal(1.5), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "initial"),
+    [(0.0, math.inf, 0.7), (0.3, math.inf, 0.7), (-math.inf, math.inf, -0.7), (0.2, 1.5, 0.7), (-math.inf, 2.0, -0.7)],
+)
+def test_a_parameter_moves_between_its_bounds(lower, upper, initial):
+    p = Parameter("a", (3,), initial, None, lower, upper)
+    u = torch.linspace(-3, 3, 9, dtype=torch.float64, requires_grad=True)
+    value = p.constrained(u)
+    assert bool(((value > lower) & (value < upper)).all())
+    assert bool((value[1:] > value[:-1]).all())
+    torch.testing.assert_close(p.unconstrained(value), u)
+    torch.testing.assert_close(p.slope(u), torch.autograd.grad(value.sum(), u)[0])
+    start = p.unconstrained(p.initial_tensor(u))
+    assert p.constrained(start).tolist() == pytest.approx([initial] * 3)
+    assert p.prefixed("k") == Parameter("k.a", (3,), initial, None, lower, upper)

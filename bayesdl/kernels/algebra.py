@@ -13,6 +13,7 @@ from bayesdl.errors import SettingError, fail
 from bayesdl.hyper import LogNormal, Parameter
 from bayesdl.kernels.base import Functions, Kernel, Lead, Params, Pullback, draw_uniform, get, reduce_to
 from bayesdl.kernels.columns import PriorChoice, check_positive
+from bayesdl.kernels.stationary import _Stationary
 
 
 def _part(params: Params, prefix: str) -> Params:
@@ -57,9 +58,11 @@ class Scale(Kernel):
         params = self._resolved(x, params)
         scale = get(params, "outputscale", "Scale").detach()
         base_params = _part(params, "base")
+        after = scale.ndim == 0 or self._has_own_parameters(base_params, scale.shape, x.shape[-1])
+        if after and isinstance(self.base, _Stationary):
+            return self._absorbed(self.base, x, base_params, scale)
         base, pull_base = self.base.value_and_pullback(x, base_params)
         value = base * scale[..., None, None]
-        after = scale.ndim == 0 or self._has_own_parameters(base_params, scale.shape, x.shape[-1])
 
         def pullback(p: Tensor) -> Params:
             grads = {"outputscale": reduce_to(inner(p, base), scale.shape)}
@@ -69,6 +72,18 @@ class Scale(Kernel):
             else:
                 for name, grad in pull_base(reduce_to(p * scale[..., None, None], base.shape)).items():
                     grads[f"base.{name}"] = grad
+            return grads
+
+        return value, pullback
+
+    def _absorbed(self, base: _Stationary, x: Tensor, params: Params, scale: Tensor) -> tuple[Tensor, Pullback]:
+        """A stationary kernel takes the outputscale into its own pass."""
+        value, pull = base.scaled_value_and_pullback(x, params, scale)
+
+        def pullback(p: Tensor) -> Params:
+            grads = {"outputscale": reduce_to(inner(p, value), scale.shape) / scale}
+            for name, grad in pull(p).items():
+                grads[f"base.{name}"] = grad
             return grads
 
         return value, pullback

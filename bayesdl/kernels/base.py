@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,6 +134,21 @@ class Kernel(abc.ABC):
         lead = (num_functions, *self._batch(d, params))
         return self._draw_functions(lead, num_features, d, params, generator)
 
+    def to_gpytorch(self, d: int, *, batch_shape: Lead = (), active_dims: tuple[int, ...] | None = None) -> Any:
+        """This kernel as a `gpytorch.kernels.Kernel` for inputs of `d` columns, with trainable hyper-parameters.
+
+        It goes into any gpytorch or BoTorch model, for instance `SingleTaskGP(x, y, covar_module=...)`. Bounds and
+        priors go with it.
+
+        Args:
+            d: Number of columns that the kernel sees.
+            batch_shape: Independent hyper-parameters for each element, for instance (m,) for m outputs.
+            active_dims: The d columns that it sees; None for all.
+        """
+        from bayesdl import _doors
+
+        return _doors.kernel_to_gpytorch(self, d, batch_shape, active_dims)
+
     def __add__(self, other: Kernel) -> Kernel:
         """The covariance of the sum of two independent functions."""
         from bayesdl.kernels.algebra import add
@@ -238,6 +254,8 @@ def get(params: Params, name: str, where: str) -> Tensor:
 
 def per_row(value: Tensor, per_dimension: bool) -> Tensor:
     """A hyper-parameter (*b) or (*b d) with axes inserted so that it broadcasts against x (*b n d)."""
+    if value.ndim == per_dimension:
+        return value
     return value.unsqueeze(-2) if per_dimension else value[..., None, None]
 
 

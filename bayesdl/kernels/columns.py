@@ -12,6 +12,7 @@ from torch import Tensor
 from bayesdl.errors import SettingError, ShapeError, fail
 from bayesdl.hyper import HyperPrior
 from bayesdl.kernels.base import Kernel
+from bayesdl.ops.distance import row_blocks
 
 PriorChoice = HyperPrior | Literal["default"] | None
 
@@ -89,7 +90,18 @@ def check_positive(where: str, name: str, value: float | tuple[float, ...] | Non
         )
 
 
-def difference_sum(q: Tensor, u: Tensor, with_ones: Tensor) -> Tensor:
-    """sum_j q_ij (u_i - u_j), shape (*b n k), given (u, 1): the part of a distance's gradient that both sides share."""
-    product = q @ with_ones
-    return torch.addcmul(product[..., :-1], u, product[..., -1:], value=-1.0).neg_()
+def difference_sum(p: Tensor, slope: Tensor, u: Tensor) -> Tensor:
+    """sum_j q_ij (u_j - u_i), shape (*b n k), with q = p * slope, which overwrites p.
+
+    This is the part of a distance's gradient that both sides share.
+    """
+    n = p.shape[-1]
+    blocks = row_blocks(p, n, n)
+    if len(blocks) == 1:
+        q = p.mul_(slope)
+        return torch.addcmul(q @ u, u, q.sum(-1, keepdim=True), value=-1.0)
+    out = torch.empty_like(u)
+    for rows in blocks:
+        q = p[rows].mul_(slope[rows])
+        torch.mm(q, u, out=out[rows]).addcmul_(u[rows], q.sum(-1, keepdim=True), value=-1.0)
+    return out

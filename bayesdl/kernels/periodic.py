@@ -88,12 +88,11 @@ class Periodic(OnColumns):
             period, lengthscale = params["period"].detach(), params["lengthscale"].detach()
             u = self._circles(x, params)
             centre = u.mean(-2, keepdim=True)
-            exponent, with_ones = sqdist_centred(u - centre, -0.5)
-            value = exponent.exp_()
+            value = sqdist_centred(u - centre, -0.5, then=lambda block, rows: block.exp_())
 
         def pullback(p: Tensor) -> Params:
             # dL/du = 4 sum_j q_ij (u_i - u_j) with q = -p k / 2; differences do not see the centre.
-            by_u = difference_sum(p.mul_(value), u - centre, with_ones).mul_(-2.0)
+            by_u = difference_sum(p, value, u - centre).mul_(2.0)
             width = x.shape[-1]
             turn = u[..., width:] * by_u[..., :width] - u[..., :width] * by_u[..., width:]
             angle = 2 * math.pi * x / per_row(period, self.ard)

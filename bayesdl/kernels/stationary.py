@@ -35,7 +35,7 @@ from bayesdl.kernels.columns import OnColumns, PriorChoice, check_positive, diff
 from bayesdl.ops import profiles
 from bayesdl.ops.distance import sqdist, sqdist_centred
 
-_Closed = tuple[Tensor, Tensor, float, Pullback, Tensor]
+_Closed = tuple[Tensor, Tensor, float, Pullback]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,9 @@ class _Stationary(OnColumns):
         # Hvarfner et al. (2024), arXiv 2402.02229: distances grow as sqrt(d), so typical lengthscales must as well.
         loc = math.sqrt(2) + 0.5 * math.log(width)
         prior = LogNormal(loc, math.sqrt(3)) if self.lengthscale_prior == "default" else self.lengthscale_prior
-        initial = math.exp(loc) if self.lengthscale is None else self.lengthscale
+        # Of the size of the distances between standardised inputs; the prior's median is four times as long, and a fit
+        # that starts there needs nearly twice as many evaluations.
+        initial = math.sqrt(width) if self.lengthscale is None else self.lengthscale
         initial = self._per_column("lengthscale", initial, width)
         return (Parameter("lengthscale", (width,) if self.ard else (), initial, prior), *self._extra_parameters())
 
@@ -70,19 +72,33 @@ class _Stationary(OnColumns):
 
     def value_and_pullback(self, x: Tensor, params: Params | None = None) -> tuple[Tensor, Pullback]:
         """K and the closed-form gradient of the module's docstring."""
-        params = self._resolved(x, params)
+        return self.scaled_value_and_pullback(x, self._resolved(x, params), None)
+
+    def scaled_value_and_pullback(
+        self, x: Tensor, params: Params, outputscale: Tensor | None
+    ) -> tuple[Tensor, Pullback]:
+        """`value_and_pullback` of outputscale * K, which costs no pass over the matrix more than that of K.
+
+        Args:
+            x: (*b n d).
+            params: Values of the hyper-parameters.
+            outputscale: () or (*b), positive; in the second case the other hyper-parameters have the same batch axes.
+        """
         with torch.no_grad():
             u, _ = self._scaled(x, params)
-            u = u - u.mean(-2, keepdim=True)
-            value, slope, factor, extra, with_ones = self._value_and_slope(u, params)
+            u = torch.sub(u, u.sum(-2, keepdim=True), alpha=1.0 / max(1, u.shape[-2]))
+            log_scale = None if outputscale is None else outputscale.log()
+            if log_scale is not None and log_scale.ndim > 0:
+                log_scale = log_scale[..., None, None]
+            value, slope, factor, extra = self._value_and_slope(u, params, log_scale)
             lengthscale = params["lengthscale"].detach()
 
         def pullback(p: Tensor) -> Params:
             grads = extra(p)
-            per_column = (u * difference_sum(p.mul_(slope), u, with_ones)).sum(-2).mul_(-4.0 * factor)
+            per_column = (u * difference_sum(p, slope, u)).sum(-2)
             if not self.ard:
                 per_column = per_column.sum(-1)
-            grads["lengthscale"] = reduce_to(per_column.div_(lengthscale), lengthscale.shape)
+            grads["lengthscale"] = reduce_to(per_column.mul_(4.0 * factor).div_(lengthscale), lengthscale.shape)
             return grads
 
         return value, pullback
@@ -124,8 +140,11 @@ class _Stationary(OnColumns):
         """h(d2), differentiable."""
 
     @abc.abstractmethod
-    def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
-        """K, a tensor g and a number c with h'(d2) = c g, the pullback onto the other parameters, and (u, 1)."""
+    def _value_and_slope(self, u: Tensor, params: Params, log_scale: Tensor | None) -> _Closed:
+        """K, a tensor g and a number c with h'(d2) = c g, and the pullback onto the other parameters.
+
+        With `log_scale`, () or (*b 1 1), all of them are those of exp(log_scale) K.
+        """
 
     @abc.abstractmethod
     def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
@@ -136,12 +155,20 @@ def _no_extra(p: Tensor) -> Params:
     return {}
 
 
+def _square(u: Tensor, other: Tensor | None) -> Tensor:
+    """An (n, n) matrix to be filled, for each batch element of u (*b n d), or of u and of `other`, () or (*b 1 1)."""
+    batch = u.shape[:-2]
+    if other is not None and other.shape[:-2] != batch:
+        batch = torch.broadcast_shapes(batch, other.shape[:-2])
+    return u.new_empty((*batch, u.shape[-2], u.shape[-2]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RBF(_Stationary):
     """exp(-d2 / 2): infinitely smooth functions (squared exponential, Gaussian kernel).
 
     Attributes:
-        lengthscale: Initial value, one number or one per column; None for exp(sqrt 2) sqrt(d).
+        lengthscale: Initial value, one number or one per column; None for sqrt(d).
         ard: One lengthscale per column (True) or one for all.
         active_dims: Columns of x that the kernel looks at; None for all.
         lengthscale_prior: A prior, None for a flat one, or "default": LogNormal(sqrt 2 + log(d) / 2, sqrt 3).
@@ -152,10 +179,9 @@ class RBF(_Stationary):
     def _profile(self, d2: Tensor, params: Params) -> Tensor:
         return profiles.rbf(d2)
 
-    def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
-        exponent, with_ones = sqdist_centred(u, -0.5)
-        value = exponent.exp_()
-        return value, value, -0.5, _no_extra, with_ones
+    def _value_and_slope(self, u: Tensor, params: Params, log_scale: Tensor | None) -> _Closed:
+        value = sqdist_centred(u, -0.5, log_scale, then=lambda block, rows: block.exp_())
+        return value, value, -0.5, _no_extra
 
     def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
         return draw_normal((*shape, width), params, generator)
@@ -170,7 +196,7 @@ class Matern(_Stationary):
 
     Attributes:
         nu: Smoothness, 0.5, 1.5 or 2.5.
-        lengthscale: Initial value, one number or one per column; None for exp(sqrt 2) sqrt(d).
+        lengthscale: Initial value, one number or one per column; None for sqrt(d).
         ard: One lengthscale per column (True) or one for all.
         active_dims: Columns of x that the kernel looks at; None for all.
         lengthscale_prior: A prior, None for a flat one, or "default": LogNormal(sqrt 2 + log(d) / 2, sqrt 3).
@@ -192,13 +218,19 @@ class Matern(_Stationary):
     def _profile(self, d2: Tensor, params: Params) -> Tensor:
         return profiles.matern(d2, self.nu)
 
-    def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
-        stretched, with_ones = sqdist_centred(u, 2 * self.nu)
+    def _value_and_slope(self, u: Tensor, params: Params, log_scale: Tensor | None) -> _Closed:
+        slope = _square(u, log_scale)
+
+        def then(block: Tensor, rows: slice) -> None:
+            profiles.matern_inplace(block, self.nu, slope if rows.start is None else slope[rows], log_scale)
+
         if self.nu == 0.5:
             # Its square root magnifies rounding at coincident rows, so there the distance must be exactly 0.
-            stretched = sqdist(u)
-        value, slope = profiles.matern_inplace(stretched, self.nu)
-        return value, slope, profiles.matern_slope_factor(self.nu), _no_extra, with_ones
+            value = sqdist(u)
+            then(value, slice(None))
+        else:
+            value = sqdist_centred(u, 2 * self.nu, then=then)
+        return value, slope, profiles.matern_slope_factor(self.nu), _no_extra
 
     def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
         # The spectral density is a multivariate t with 2 nu degrees of freedom: normal over sqrt(chi2 / dof).
@@ -214,7 +246,7 @@ class RationalQuadratic(_Stationary):
     Attributes:
         alpha: Initial shape parameter, learned; large values recover the RBF.
         alpha_prior: Prior on alpha, None for a flat one; "default" is LogNormal(1, 1), whose mode is 1.
-        lengthscale: Initial value, one number or one per column; None for exp(sqrt 2) sqrt(d).
+        lengthscale: Initial value, one number or one per column; None for sqrt(d).
         ard: One lengthscale per column (True) or one for all.
         active_dims: Columns of x that the kernel looks at; None for all.
         lengthscale_prior: A prior, None for a flat one, or "default": LogNormal(sqrt 2 + log(d) / 2, sqrt 3).
@@ -234,17 +266,20 @@ class RationalQuadratic(_Stationary):
     def _profile(self, d2: Tensor, params: Params) -> Tensor:
         return profiles.rational_quadratic(d2, get(params, "alpha", "RationalQuadratic")[..., None, None])
 
-    def _value_and_slope(self, u: Tensor, params: Params) -> _Closed:
+    def _value_and_slope(self, u: Tensor, params: Params, log_scale: Tensor | None) -> _Closed:
         alpha = get(params, "alpha", "RationalQuadratic").detach()[..., None, None]
-        batch = torch.broadcast_shapes(u.shape[:-2], alpha.shape[:-2])
-        d2, with_ones = sqdist_centred(u.expand(*batch, *u.shape[-2:]))
-        value, t = profiles.rational_quadratic_inplace(d2, alpha)
+        t = _square(u, alpha)
+
+        def then(block: Tensor, rows: slice) -> None:
+            profiles.rational_quadratic_inplace(block, alpha, t[rows], log_scale)
+
+        value = sqdist_centred(u.expand(*t.shape[:-2], *u.shape[-2:]), then=then)
 
         def alpha_gradient(p: Tensor) -> Params:
             slope = value * ((t - 1) / t - t.log())
             return {"alpha": reduce_to((p * slope).sum((-2, -1)), params["alpha"].shape)}
 
-        return value, value / t, -0.5, alpha_gradient, with_ones
+        return value, value / t, -0.5, alpha_gradient
 
     def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
         # The mixture over precisions: gamma with shape alpha and mean 1, then normal frequencies.

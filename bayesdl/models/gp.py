@@ -2,37 +2,68 @@ r"""A Gaussian process prior with Gaussian noise: f ~ GP(m, k), y = f(x) + e, e 
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from bayesdl import _checks, ops
 from bayesdl.errors import SettingError, fail
-from bayesdl.hyper import Parameter
+from bayesdl.hyper import LogNormal, Parameter
 from bayesdl.kernels import Kernel
 from bayesdl.likelihoods import Gaussian, Likelihood
+
+if TYPE_CHECKING:
+    import gpytorch
+
+Values = dict[str, Tensor]
+
+
+class Mean(Protocol):
+    """What a prior mean function with parameters of its own does; `interop.gpytorch` makes one of a gpytorch mean."""
+
+    def parameters(self, d: int) -> tuple[Parameter, ...]:
+        """The hyper-parameters for inputs of `d` columns."""
+
+    def __call__(self, x: Tensor, params: Values | None = None) -> Tensor:
+        """m(x), from x (*b n d) to (*b n), differentiable in x and params."""
+
+    def pullback(self, x: Tensor, params: Values, p: Tensor) -> Values:
+        """From p = dL/dm (*b n) to dL/dparams[name] in the shape of params[name]."""
 
 
 @dataclass(frozen=True)
 class GP:
     """A Gaussian process with a kernel, a mean and a likelihood.
 
+    Engines standardise x and y by default, and kernel and mean act on what they standardise: a lengthscale of 1 is one
+    standard deviation of that input, a linear mean is linear in standardised units.
+
     Attributes:
-        kernel: Any kernel of `bayesdl.kernels`. Its amplitude is its own: `Scale(Matern())` learns one, `Matern()` has
-            variance 1, which suits standardised targets.
-        mean: "constant" (learned) or "zero".
+        kernel: Any kernel of `bayesdl.kernels`, or of gpytorch (`bayesdl.interop.gpytorch.from_gpytorch` says how it is
+            taken in; the module itself is never changed). Its amplitude is its own: `Scale(Matern())` learns one,
+            `Matern()` has variance 1, which suits standardised targets.
+        mean: "constant" (learned), "zero", or a gpytorch mean, whose parameters are learned with the kernel's.
         likelihood: Gaussian noise, whose variance engines learn, or a likelihood of classes.
     """
 
-    kernel: Kernel
-    mean: str = "constant"
+    kernel: Kernel | gpytorch.kernels.Kernel
+    mean: str | Mean | gpytorch.means.Mean = "constant"
     likelihood: Likelihood = field(default_factory=Gaussian)
 
     def __post_init__(self) -> None:
-        _checks.choice("GP", "mean", self.mean, ("constant", "zero"))
+        if _of_gpytorch(self.kernel) or _of_gpytorch(self.mean):
+            from bayesdl import _doors
+
+            object.__setattr__(self, "kernel", _doors.kernel_from_gpytorch(self.kernel))
+            object.__setattr__(self, "mean", _doors.mean_from_gpytorch(self.mean))
+        if not hasattr(self.mean, "pullback"):
+            _checks.choice("GP", "mean", self.mean, ("constant", "zero"))
         if not isinstance(self.kernel, Kernel):
-            wanted = "kernel must be a kernel of bayesdl.kernels."
+            wanted = "kernel must be a kernel of bayesdl.kernels or of gpytorch."
             fix = "for instance bdl.kernels.Matern(nu=2.5)"
             fail(SettingError, "GP", wanted, got=_checks.describe(self.kernel), fix=fix)
         if not hasattr(self.likelihood, "value_and_slope"):
@@ -40,30 +71,59 @@ class GP:
             fix = "bdl.Gaussian(), bdl.Bernoulli() or bdl.Categorical(num_classes)"
             fail(SettingError, "GP", wanted, got=_checks.describe(self.likelihood), fix=fix)
 
+    @property
+    def module(self) -> Any:
+        """What a file of a posterior cannot hold and `bdl.load(path, module=...)` asks for: gpytorch modules, or None.
+
+        One module, or a tuple of the kernel's and the mean's.
+        """
+        modules = [module for part in (self.kernel, self.mean) for module in _modules(part)]
+        return None if not modules else modules[0] if len(modules) == 1 else tuple(modules)
+
     def layout(self, d: int) -> Layout:
-        """How the hyper-parameters for d inputs lie in one flat vector."""
+        """How the hyper-parameters for d inputs lie in one flat vector: the kernel's, the mean's, the likelihood's."""
         kernel = tuple(p.prefixed("kernel") for p in self.kernel.parameters(d))
-        return Layout(kernel + self.likelihood.parameters(), has_mean=self.mean == "constant")
+        mean = () if isinstance(self.mean, str) else tuple(p.prefixed("mean") for p in self.mean.parameters(d))
+        return Layout(kernel + mean + self.likelihood.parameters(), has_mean=self.mean == "constant")
 
     @staticmethod
-    def kernel_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def kernel_values(values: Values) -> Values:
         """The kernel's share of the values that a layout unpacks, under the kernel's own names."""
-        return {name.removeprefix("kernel."): v for name, v in values.items() if name.startswith("kernel.")}
+        return _part(values, "kernel.")
+
+    def mean_at(self, x: Tensor, values: Values, constant: Tensor) -> Tensor:
+        """m(x) for x (*b n d), at the values and the constant (*b) that a layout unpacks.
+
+        Returns:
+            (*b n), or (*b 1) where the mean is a constant, which broadcasts against it.
+        """
+        if isinstance(self.mean, str):
+            return constant.unsqueeze(-1)
+        return self.mean(x, _part(values, "mean."))
+
+    def mean_pullback(self, x: Tensor, values: Values, p: Tensor) -> tuple[Values, Tensor]:
+        """From p = dL/dm(x) (*b n) to the gradients in the mean's own values, by their names in a layout, and in the
+        constant (*b)."""
+        if isinstance(self.mean, str):
+            return {}, p.sum(-1)
+        grads = self.mean.pullback(x, _part(values, "mean."), p)
+        return {f"mean.{name}": grad for name, grad in grads.items()}, p.new_zeros(p.shape[:-1])
 
     def sample_prior(self, x: Tensor, num: int, generator: torch.Generator) -> Tensor:
-        """Exact joint draws of f at x (*b, s, d) with initial hyper-parameters and mean 0: (num, *b, s).
+        """Exact joint draws of f at x (*b, s, d) with initial hyper-parameters: (num, *b, s).
 
-        Cost: O(s^3) time, O(s^2) memory for each batch element.
+        A learned constant mean starts at 0. Cost: O(s^3) time, O(s^2) memory for each batch element.
         """
         factor = ops.cholesky(self.kernel(x)).factor
         shape = (num, *x.shape[:-1], 1)
         z = torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
-        return (factor @ z).squeeze(-1)
+        draws = (factor @ z).squeeze(-1)
+        return draws if isinstance(self.mean, str) else draws + self.mean(x)
 
 
 @dataclass(frozen=True)
 class Layout:
-    r"""Hyper-parameters as a flat vector theta (..., D): u for each, value = lower + exp(u), then the constant mean.
+    r"""Hyper-parameters as a flat vector theta (..., D): u for each (see `hyper.Parameter`), then the constant mean.
 
     A prior is on the value itself, so that the optimum does not depend on this parametrisation.
     """
@@ -74,46 +134,63 @@ class Layout:
     @property
     def dim(self) -> int:
         """Length of theta."""
-        return sum(_size(p) for p in self.parameters) + self.has_mean
+        return sum(p.size for p in self.parameters) + self.has_mean
 
     def initial(self, like: Tensor) -> Tensor:
         """theta (D,) at the initial values."""
-        pieces = [(p.initial_tensor(like).reshape(-1) - p.lower).log() for p in self.parameters]
+        pieces = [p.unconstrained(p.initial_tensor(like)).reshape(-1) for p in self.parameters]
         return torch.cat([*pieces, like.new_zeros(int(self.has_mean))])
 
     def sample(self, num: int, generator: torch.Generator, like: Tensor) -> Tensor:
         """theta (num, D) at draws from the priors, shrunk halfway to the initial values in log scale.
 
-        A full draw from these wide priors is often a flat or a white-noise fit, from which no optimiser returns.
+        A full draw from these wide priors is often a flat or a white-noise fit, from which no optimiser returns. A
+        parameter of any sign without a prior starts around its initial value, within a tenth and half of its size.
         """
         start = self.initial(like)
-        columns = []
-        for p in self.parameters:
-            if p.prior is None:
-                noise = torch.randn((num, _size(p)), generator=generator, dtype=torch.float64, device=generator.device)
-                columns.append(p.initial_tensor(noise).reshape(-1).log() + noise)
-            else:
-                columns.append(p.prior.sample((num, _size(p)), generator).clamp_min(1e-12).log())
+        columns = [_draw(p, num, generator) for p in self.parameters]
         columns.append(torch.zeros(num, int(self.has_mean), dtype=torch.float64, device=generator.device))
         return 0.5 * (start + torch.cat(columns, -1).to(start))
 
-    def unpack(self, theta: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def unpack(self, theta: Tensor) -> tuple[Values, Tensor]:
         """Values by name, each (..., *shape), and the constant mean (...), zero where there is none."""
-        values, at = {}, 0
-        for p in self.parameters:
-            piece = p.lower + theta[..., at : at + _size(p)].exp()
-            values[p.name] = piece.reshape((*theta.shape[:-1], *p.shape))
-            at += _size(p)
-        return values, theta[..., at] if self.has_mean else theta.new_zeros(theta.shape[:-1])
+        lead, at = theta.shape[:-1], theta.shape[-1] - self.has_mean
+        pieces = theta[..., :at].split(self._sizes, -1)
+        if self._all_log:
+            pieces = (theta[..., :at].exp() + self._table(theta).lower).split(self._sizes, -1)
+        else:
+            pieces = [p.constrained(u) for p, u in zip(self.parameters, pieces, strict=True)]
+        values = {p.name: v.reshape(lead + p.shape) for p, v in zip(self.parameters, pieces, strict=True)}
+        return values, theta[..., at] if self.has_mean else theta.new_zeros(lead)
 
-    def chain(self, theta: Tensor, grads: dict[str, Tensor], mean_grad: Tensor) -> Tensor:
-        """Gradient in theta from gradients in the values and in the mean: d value / d u = exp(u)."""
-        pieces = [grads[p.name].reshape(*theta.shape[:-1], _size(p)) for p in self.parameters]
-        at = theta.shape[-1] - self.has_mean
-        inner = torch.cat(pieces, -1) * theta[..., :at].exp()
+    def chain(self, theta: Tensor, grads: Values, mean_grad: Tensor) -> Tensor:
+        """Gradient in theta from gradients in the values and in the mean, by d value / d u."""
+        lead, at = theta.shape[:-1], theta.shape[-1] - self.has_mean
+        inner = torch.cat([grads[p.name].reshape((*lead, p.size)) for p in self.parameters], -1)
+        if self._all_log:
+            inner = inner * theta[..., :at].exp()
+        else:
+            pieces = theta[..., :at].split(self._sizes, -1)
+            inner = inner * torch.cat([p.slope(u) for p, u in zip(self.parameters, pieces, strict=True)], -1)
         return torch.cat([inner, mean_grad.unsqueeze(-1)], -1) if self.has_mean else inner
 
-    def log_prior(self, values: dict[str, Tensor]) -> tuple[Tensor | float, dict[str, Tensor]]:
+    def penalty(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """`log_prior` at theta (...), and its gradient in theta (..., D): the common priors all in one go."""
+        lead, at = theta.shape[:-1], theta.shape[-1] - self.has_mean
+        if not self._all_log or any(type(p.prior) not in (LogNormal, type(None)) for p in self.parameters):
+            values, _ = self.unpack(theta)
+            total, slopes = self.log_prior(values)
+            return total + theta.new_zeros(lead), self.chain(theta, slopes, theta.new_zeros(lead))
+        table, exp = self._table(theta), theta[..., :at].exp()
+        value = exp + table.lower
+        log = value.log()
+        z = (log - table.loc) * table.precision
+        # where there is no prior, precision and counted are 0
+        total = ((-0.5 * z * z) - log * table.counted).sum(-1) + table.constant
+        slope = torch.addcmul(table.counted, z, table.precision).neg_() * exp / value
+        return total, torch.nn.functional.pad(slope, (0, 1)) if self.has_mean else slope
+
+    def log_prior(self, values: Values) -> tuple[Tensor | float, Values]:
         """Sum of log prior densities (...), and their slopes by name."""
         total, slopes = 0.0, {}
         for p in self.parameters:
@@ -121,12 +198,82 @@ class Layout:
             slopes[p.name] = torch.zeros_like(value) if p.prior is None else p.prior.slope(value)
             if p.prior is not None:
                 density = p.prior.log_prob(value)
-                total = total + (density.sum(-1) if p.shape else density)
+                total = total + (density.sum(tuple(range(-len(p.shape), 0))) if p.shape else density)
         return total, slopes
 
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        return [p.size for p in self.parameters]
 
-def _size(parameter: Parameter) -> int:
-    size = 1
-    for length in parameter.shape:
-        size *= length
-    return size
+    @functools.cached_property
+    def _all_log(self) -> bool:
+        return all(p.is_log for p in self.parameters)
+
+    @functools.cached_property
+    def _tables(self) -> dict[tuple[torch.dtype, torch.device], _Table]:
+        return {}
+
+    def _table(self, like: Tensor) -> _Table:
+        key = like.dtype, like.device
+        if key not in self._tables:
+            self._tables[key] = _table_of(self.parameters, like)
+        return self._tables[key]
+
+
+class _Table(NamedTuple):
+    """Bounds and log-normal priors of all elements of theta side by side, each (D - has_mean)."""
+
+    lower: Tensor
+    loc: Tensor
+    precision: Tensor
+    counted: Tensor
+    constant: float
+
+
+def _table_of(parameters: tuple[Parameter, ...], like: Tensor) -> _Table:
+    rows, constant = [], 0.0
+    for p in parameters:
+        known = p.prior if type(p.prior) is LogNormal else None
+        row = (p.lower, 0.0, 0.0, 0.0) if known is None else (p.lower, known.loc, 1 / known.scale, 1.0)
+        rows += [row] * p.size
+        constant -= 0.0 if known is None else p.size * (math.log(known.scale) + 0.5 * math.log(2 * math.pi))
+    columns = torch.tensor(rows, dtype=like.dtype, device=like.device).reshape(-1, 4).unbind(-1)
+    return _Table(*(column.contiguous() for column in columns), constant)
+
+
+def _draw(p: Parameter, num: int, generator: torch.Generator) -> Tensor:
+    """u (num, size) at draws from the prior, float64, on the generator's device."""
+    bounded = p.lower > -torch.inf or p.upper < torch.inf
+    if p.prior is None:
+        noise = torch.randn((num, p.size), generator=generator, dtype=torch.float64, device=generator.device)
+        initial = p.initial_tensor(noise).reshape(-1)
+        return p.unconstrained(initial) + noise if bounded else initial + noise * (0.2 + initial.abs())
+    draws = p.prior.sample((num, p.size), generator)
+    if not bounded:
+        return draws
+    # A draw beyond a bound counts as one beside it, but not so near that its gradient vanishes.
+    middle = p.unconstrained(p.initial_tensor(draws).reshape(-1))
+    beyond = torch.where(draws > p.lower, middle + _FAR, middle - _FAR)
+    u = p.unconstrained(draws)
+    return torch.where(u.isfinite(), u, beyond).clamp(middle - _FAR, middle + _FAR)
+
+
+_FAR = 10.0
+
+
+def _part(values: Values, prefix: str) -> Values:
+    return {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
+
+
+def _of_gpytorch(value: Any) -> bool:
+    """Whether `value` is of gpytorch or derived from it, found without importing that."""
+    return any(kind.__module__.partition(".")[0] == "gpytorch" for kind in type(value).__mro__)
+
+
+def _modules(part: Any) -> list[torch.nn.Module]:
+    """The foreign modules inside a kernel or a mean, in the order in which a file names them."""
+    own = getattr(part, "module", None)
+    if isinstance(own, torch.nn.Module):
+        return [own]
+    inside = [getattr(part, "base", None), *getattr(part, "kernels", ())]
+    return [module for one in inside if one is not None for module in _modules(one)]

@@ -55,7 +55,7 @@ class _Case:
     def params(self, batch: tuple[int, ...] = ()) -> Params:
         like = self.normal(1)
         return {
-            p.name: p.initial_tensor(like) * (0.4 * self.normal(*batch, *p.shape) - 0.3).exp()
+            p.name: p.constrained(p.unconstrained(p.initial_tensor(like)) + 0.4 * self.normal(*batch, *p.shape) - 0.3)
             for p in self.kernel.parameters(self.d)
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bayesdl.errors import SettingError, ShapeError
 from bayesdl.hyper import Gamma, LogNormal, Parameter
 from bayesdl.kernels import NNGP, RBF, Linear, Matern, Periodic, Product, RationalQuadratic, Scale, Sum
-from bayesdl.kernels.base import Kernel
+from bayesdl.kernels.base import Kernel, autograd_pullback
 from bayesdl.testing._kernel import check_kernel
 
 KERNELS = {
@@ -100,11 +100,11 @@ def test_sums_and_products_lie_flat():
 
 @pytest.mark.parametrize("d", [1, 4, 25])
 def test_default_lengthscales_grow_with_the_root_of_the_dimension(d):
-    """Median exp(sqrt 2) sqrt(d); the prior counts the columns that are looked at, not all columns."""
+    """Start sqrt(d), median exp(sqrt 2) sqrt(d); what counts are the columns that are looked at, not all columns."""
     (parameter,) = RBF().parameters(d)
-    assert parameter.initial == pytest.approx(math.exp(math.sqrt(2)) * math.sqrt(d))
+    assert parameter.initial == pytest.approx(math.sqrt(d))
     assert parameter.prior == LogNormal(math.sqrt(2) + math.log(d) / 2, math.sqrt(3))
-    assert parameter.prior.typical == pytest.approx(parameter.initial)
+    assert parameter.prior.typical == pytest.approx(math.exp(math.sqrt(2)) * math.sqrt(d))
     assert RBF(active_dims=tuple(range(d))).parameters(d + 3) == (parameter,)
 
 
@@ -129,7 +129,7 @@ def test_an_explicit_lengthscale_moves_the_start_and_keeps_the_prior():
         (lambda: Periodic(period=math.nan), "period"),
         (lambda: Linear(variance="big"), "variance"),
         (lambda: NNGP(depth=0), "depth"),
-        (lambda: NNGP(activation="tanh"), "activation"),
+        (lambda: NNGP(activation="swish2"), "activation"),
         (lambda: NNGP(w_std=0.0), "w_std"),
         (lambda: Scale(RBF(), outputscale=0.0), "outputscale"),
         (lambda: Scale("rbf"), "kernel"),
@@ -168,3 +168,47 @@ def test_far_offsets_do_not_cost_digits():
     for kernel in (RBF(lengthscale=0.5), Matern(nu=0.5), Matern(nu=2.5), RationalQuadratic(), Periodic()):
         shifted = kernel(x + 2.0**20, x[:3] + 2.0**20)
         assert torch.allclose(shifted, kernel(x, x[:3]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["rbf", "matern12", "matern32", "matern52", "rational quadratic", "periodic", "scale"])
+def test_a_large_matrix_worked_on_in_blocks_of_rows_is_the_same(name, monkeypatch):
+    """Blocks of 7 rows of 40, the last one shorter, against the whole at once; n = 40 is below the usual block."""
+    from bayesdl.ops import distance
+
+    kernel, g = KERNELS[name], torch.Generator().manual_seed(4)
+    x = torch.randn(40, 3, generator=g, dtype=torch.float64)
+    x[30] = x[2]
+    p = torch.randn(40, 40, generator=g, dtype=torch.float64)
+    p = p + p.mT
+    whole, pull_whole = kernel.value_and_pullback(x)
+    grads = pull_whole(p.clone())
+    monkeypatch.setattr(distance, "_BLOCK_BYTES", 7 * 40 * 8)
+    assert len(distance.row_blocks(x, 40, 40)) == 6
+    value, pullback = kernel.value_and_pullback(x)
+    torch.testing.assert_close(value, whole, rtol=1e-12, atol=1e-12)
+    for key, grad in pullback(p.clone()).items():
+        torch.testing.assert_close(grad, grads[key], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("base", [RBF(), Matern(nu=0.5), Matern(nu=1.5), Matern(nu=2.5), RationalQuadratic(alpha=0.7)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_outputscale_is_the_same_inside_the_kernels_pass_and_outside(base, shared):
+    """Every stationary kernel takes its outputscale into its own pass; autograd through the product is the judge.
+
+    Scales of 1e-3 and 40 for problems with lengthscales of their own, and for problems that share one lengthscale.
+    """
+    kernel, g = Scale(base), torch.Generator().manual_seed(8)
+    x = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
+    params = {"outputscale": torch.tensor([1e-3, 40.0], dtype=torch.float64)}
+    for parameter in base.parameters(3):
+        lead = () if shared else (2,)
+        noise = torch.randn((*lead, *parameter.shape), generator=g, dtype=torch.float64)
+        params[f"base.{parameter.name}"] = (0.3 * noise).exp()
+    p = torch.randn(2, 5, 5, generator=g, dtype=torch.float64)
+    p = p + p.mT
+    value, pullback = kernel.value_and_pullback(x, params)
+    expected, reference = autograd_pullback(kernel, x, params)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-16)
+    wanted = reference(p.clone())
+    for key, grad in pullback(p.clone()).items():
+        torch.testing.assert_close(grad, wanted[key], rtol=1e-10, atol=1e-12)

@@ -86,6 +86,69 @@ def test_log_prior_sums_densities_of_the_values_themselves(batch):
         torch.testing.assert_close(slopes[name], torch.zeros_like(leaf) if gradient is None else gradient)
 
 
+WIDE = Layout(
+    (
+        Parameter("a", (), 0.7, Gamma(2.5, 1.5), 0.05),
+        Parameter("b", (2, 3), 0.4, None, -np.inf),
+        Parameter("c", (3,), 0.9, LogNormal(0.4, 0.8), 0.2, 2.5),
+        Parameter("d", (), -1.5, None, -np.inf, 1.0),
+    ),
+    has_mean=True,
+)
+PLAIN = Layout(
+    (
+        Parameter("a", (), 0.7, LogNormal(-0.3, 1.7), 0.05),
+        Parameter("b", (3,), (0.2, 1.0, 4.0), LogNormal(0.4, 0.8)),
+        Parameter("c", (2, 2), 1.9),
+    ),
+    has_mean=True,
+)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, WIDE, PLAIN], ids=["positive", "of any sign and bounded", "log-normal"])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_the_penalty_is_the_log_prior_and_its_gradient(layout, batch):
+    theta = (0.7 * toy_theta(*batch, layout=layout)).requires_grad_()
+    values, _ = layout.unpack(theta)
+    total, _ = layout.log_prior(values)
+    (wanted,) = torch.autograd.grad(total.sum(), theta)
+    got, gradient = layout.penalty(theta.detach())
+    assert got.shape == batch
+    torch.testing.assert_close(got, total.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_values_stay_between_their_bounds_and_starts_too():
+    theta = toy_theta(6, layout=WIDE)
+    values, _ = WIDE.unpack(theta)
+    u = theta.numpy()
+    assert values["b"].shape == (6, 2, 3)
+    np.testing.assert_array_equal(values["b"].reshape(6, 6), u[:, 1:7])
+    np.testing.assert_allclose(values["c"], 0.2 + 2.3 / (1 + np.exp(-u[:, 7:10])))
+    np.testing.assert_allclose(values["d"], 1 - np.exp(-u[:, 10]))
+    back = torch.cat([p.unconstrained(values[p.name]).reshape(6, -1) for p in WIDE.parameters], -1)
+    torch.testing.assert_close(back, theta[:, :-1], rtol=1e-9, atol=1e-9)
+    initial, _ = WIDE.unpack(WIDE.initial(theta))
+    assert initial["c"].tolist() == pytest.approx([0.9] * 3)
+    assert float(initial["d"]) == pytest.approx(-1.5)
+    starts, _ = WIDE.unpack(WIDE.sample(300, torch.Generator().manual_seed(0), theta))
+    assert bool(((starts["c"] > 0.2) & (starts["c"] < 2.5)).all())
+    assert bool((starts["d"] < 1.0).all())
+    assert 0.05 < float((starts["b"] - 0.4).abs().mean()) < 1.0
+
+
+@pytest.mark.parametrize("layout", [WIDE, PLAIN], ids=["of any sign and bounded", "log-normal"])
+def test_chain_is_the_gradient_of_every_kind_of_parameter(layout):
+    theta = toy_theta(5, layout=layout).requires_grad_()
+    values, mean = layout.unpack(theta)
+    weights = {
+        name: torch.randn(v.shape, generator=torch.Generator().manual_seed(1), dtype=F64) for name, v in values.items()
+    }
+    (wanted,) = torch.autograd.grad(sum((weights[k] * v).sum() for k, v in values.items()) + 2 * mean.sum(), theta)
+    got = layout.chain(theta.detach(), weights, torch.full((5,), 2.0, dtype=F64))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+
+
 def test_sampled_starts_lie_halfway_between_the_initial_values_and_draws():
     """In log scale, by the prior's own draws from the same generator."""
     prior = LogNormal(0.4, 0.8)
