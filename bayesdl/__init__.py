@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bayesdl.inference.exact_gp import ExactGP
     from bayesdl.inference.hmc import HMC
     from bayesdl.inference.sample import sample
+    from bayesdl.inference.sparse_gp import SparseGP
     from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian
     from bayesdl.models.bnn import BNN
     from bayesdl.models.gp import GP
@@ -53,6 +54,7 @@ __all__ = [
     "Gaussian",
     "LogDensity",
     "Posterior",
+    "SparseGP",
     "__version__",
     "compare",
     "datasets",

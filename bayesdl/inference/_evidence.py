@@ -58,23 +58,25 @@ class Evidence(NamedTuple):
         problem = indices % self.y.shape[0]
         outputs = self.y.shape[0] // self.x.shape[0]
         values, constant = self.layout.unpack(theta)
-        x, y = self.x[problem // outputs], self.y[problem]
+        # small problems are all overhead: what all share is not copied for each
+        x = self.x[0] if self.x.shape[0] == 1 else self.x[problem // outputs]
+        y = self.y if self.y.shape[0] == 1 else self.y[problem]
         energy, more = self._energy(values)
         marginal = ops.mll_and_grad(
             self.model.kernel.value_and_pullback,
             x,
             self.model.kernel_values(values),
-            y - constant.unsqueeze(-1),
+            y - self.model.mean_at(x, values, constant),
             values["noise_variance"],
             **({} if energy is None else {"energy": energy}),
         )
-        prior, slopes = self.layout.log_prior(values)
+        by_mean, by_constant = self.model.mean_pullback(x, values, -marginal.residual)
         grads = {f"kernel.{name}": g for name, g in marginal.params.items()}
-        grads |= {"noise_variance": marginal.noise_variance} | more(marginal)
-        grads = {name: g + slopes[name] for name, g in grads.items()}
-        gradient = self.layout.chain(theta, grads, -marginal.residual.sum(-1))
+        grads |= {"noise_variance": marginal.noise_variance} | by_mean | more(marginal)
+        prior, by_prior = self.layout.penalty(theta)
+        gradient = self.layout.chain(theta, grads, by_constant) + by_prior
         n = self.y.shape[-1]
-        return -(marginal.value + prior) / n, -gradient / n
+        return (marginal.value + prior) / -n, gradient / -n
 
     def _energy(self, values: Values) -> tuple[Any, Callable[[Any], Values]]:
         """The tile-wise form that `ops.mll_and_grad` takes, and the gradients in the energy's own parameters."""

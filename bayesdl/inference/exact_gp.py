@@ -23,8 +23,10 @@ from bayesdl._random import Seed
 from bayesdl.data import training_data, units_of
 from bayesdl.errors import NumericalError, NumericalWarning, SettingError, fail
 from bayesdl.inference._evidence import Evidence, Search, gaussian_only, maximise_evidence
+from bayesdl.inference._matrix_free import choose, fit_matrix_free
 from bayesdl.models import GP
-from bayesdl.posterior import GPPosterior
+from bayesdl.ops import SolverConfig
+from bayesdl.posterior import GPPosterior, MatrixFreeGPPosterior
 from bayesdl.posterior.closed_form import evidence_in_units
 
 
@@ -39,6 +41,10 @@ class ExactGP:
         optimize: Whether to estimate hyper-parameters; False conditions at their initial values.
         standardize: Fit in standardised inputs and targets; everything comes back in the user's units.
         progress: Show a bar that counts optimiser iterations.
+        solver: "dense" (Cholesky), "matrix_free" (conjugate gradients), or "auto": dense up to 5 000 points where the
+            kernel matrices fit `memory`, matrix-free above. A `bdl.ops.SolverConfig` stands for "matrix_free" with
+            settings of its own.
+        memory: Bytes that a fit may take, None for half of what the device has in all.
     """
 
     model: GP
@@ -47,6 +53,8 @@ class ExactGP:
     optimize: bool = True
     standardize: bool = True
     progress: bool = False
+    solver: str | SolverConfig = "auto"
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         _checks.at_least("ExactGP", "num_starts", self.num_starts, 1, integer=True)
@@ -56,23 +64,33 @@ class ExactGP:
             fix = "bdl.GP(bdl.kernels.Matern(nu=2.5)); a bdl.BNN goes to bdl.HMC or bdl.Ensemble"
             fail(SettingError, "ExactGP", wanted, got=_checks.describe(self.model), fix=fix)
         gaussian_only("ExactGP", self.model)
+        if not isinstance(self.solver, SolverConfig):
+            _checks.choice("ExactGP", "solver", self.solver, ("auto", "dense", "matrix_free"))
+        if self.memory is not None:
+            _checks.at_least("ExactGP", "memory", self.memory, 1, integer=True)
 
-    def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> GPPosterior:
+    def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> GPPosterior | MatrixFreeGPPosterior:
         """Condition on x (*b, n, d) and y (*b, n) or (*b, n, k); each data set and output has its own hyper-parameters.
 
         Raises:
             ShapeError, DataError, DtypeError, DeviceError: The data cannot be used.
             NumericalError: No jitter makes the kernel matrix positive definite.
+            SettingError: The fit would take more than `memory`; the message says what would not.
 
         Warns:
             NumericalWarning: The kernel matrix needed jitter.
-            ConvergenceWarning: The optimiser stopped at max_iterations.
+            ConvergenceWarning: The optimiser, or a solve, stopped at max_iterations.
 
-        Cost: O(n^3) time for each evaluation of each start, output and data set; O(n^2) memory for each at once.
+        Cost: dense, O(n^3) time for each evaluation of each start, output and data set, and O(n^2) memory; matrix-free,
+        n^2 / 2 kernel evaluations for each step of a solve, and O(n rank) memory. `diagnostics["method"]` says which.
         """
         began = time.perf_counter()
         data = training_data("ExactGP.fit", x, y)
         units = units_of(data, standardize=self.standardize)
+        search = Search("ExactGP", self.num_starts if self.optimize else 0, self.max_iterations, self.progress)
+        choice = choose(self.solver, self.memory, data)
+        if choice.method == "matrix_free":
+            return fit_matrix_free(self.model, data, units, choice, search, seed)
         inner_x = units.inward_x(data.x, torch.float64)
         inner_y = units.inward_y(data.y, torch.float64).movedim(-1, -2)  # (*b, k, n)
         layout = self.model.layout(data.x.shape[-1])
@@ -80,14 +98,17 @@ class ExactGP:
         evidence = Evidence(
             self.model, layout, inner_x.reshape(-1, *inner_x.shape[-2:]), inner_y.reshape(-1, inner_y.shape[-1])
         )
-        search = Search("ExactGP", self.num_starts if self.optimize else 0, self.max_iterations, self.progress)
         theta, report = maximise_evidence(evidence, search, seed)
         theta = theta.reshape(*heads, layout.dim)
         values, constant = layout.unpack(theta)
-        state = self._condition(inner_x.unsqueeze(-3), inner_y - constant.unsqueeze(-1), values)
+        by_output = inner_x.unsqueeze(-3)
+        residual = inner_y - self.model.mean_at(by_output, values, constant)
+        state = self._condition(by_output, residual, values)
         diagnostics = {
             "engine": "ExactGP",
             "num_data": data.x.shape[-2],
+            "method": "dense",
+            "memory_needed": choice.needed,
             "jitter": float(state.jitter.max()),
             **report,
             "seconds": time.perf_counter() - began,

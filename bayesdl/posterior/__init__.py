@@ -3,5 +3,17 @@
 from bayesdl.posterior.base import Posterior
 from bayesdl.posterior.closed_form import GPPosterior
 from bayesdl.posterior.draws import DrawsPosterior
+from bayesdl.posterior.fixed_noise_mixture import FixedNoiseMixturePosterior
+from bayesdl.posterior.inducing import InducingPosterior
+from bayesdl.posterior.matrix_free import MatrixFreeGPPosterior
+from bayesdl.posterior.scale_mixture import ScaleMixturePosterior
 
-__all__ = ["DrawsPosterior", "GPPosterior", "Posterior"]
+__all__ = [
+    "DrawsPosterior",
+    "FixedNoiseMixturePosterior",
+    "GPPosterior",
+    "InducingPosterior",
+    "MatrixFreeGPPosterior",
+    "Posterior",
+    "ScaleMixturePosterior",
+]

@@ -142,7 +142,7 @@ class Posterior(abc.ABC):
 
 
 def load_parts(
-    path: str | os.PathLike[str], resolve: Callable[[str], type], module: torch.nn.Module | None
+    path: str | os.PathLike[str], resolve: Callable[[str], type], module: _records.Modules
 ) -> tuple[Any, ...]:
     """What every saved posterior has: (form, shared constructor arguments, record, tensors)."""
     record, tensors = _storage.read(path)

@@ -1,6 +1,6 @@
 r"""The posterior of a Gaussian process with Gaussian noise, in closed form.
 
-    mean(x) = m + k(x, X) (K + s I)^{-1} (y - m),   cov(x, x') = k(x, x') - k(x, X) (K + s I)^{-1} k(X, x')
+    mean(x) = m(x) + k(x, X) (K + s I)^{-1} (y - m(X)),   cov(x, x') = k(x, x') - k(x, X) (K + s I)^{-1} k(X, x')
 
 Functions are drawn pathwise (Wilson et al. 2020, arXiv 2002.09309): a prior function plus an exact update,
 f(x) + k(x, X) (K + s I)^{-1} (y - f(X) - e), so that one draw is a function of x with the same values wherever it is
@@ -53,8 +53,12 @@ class GPPosterior(Posterior):
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
-        """Values by name in standardised units: "kernel.…", "noise_variance" and "mean", with shape (*b, [k,] …)."""
-        values = {**self._values, "mean": self._constant}
+        """Values by name in standardised units: "kernel.…", "noise_variance" and "mean", with shape (*b, [k,] …).
+
+        A mean with parameters of its own has "mean.…" in place of "mean".
+        """
+        own = {} if any(name.startswith("mean.") for name in self._values) else {"mean": self._constant}
+        values = {**self._values, **own}
         axis = len(self._data.batch_shape)
         return {name: (v if self._data.has_outputs else v.squeeze(axis)).clone() for name, v in values.items()}
 
@@ -70,7 +74,7 @@ class GPPosterior(Posterior):
         variance = variance.clamp_min(torch.finfo(variance.dtype).eps * prior_variance)  # what cancellation leaves
         if noise:
             variance = variance + self._values["noise_variance"].unsqueeze(-1)
-        mean, scale = self._outward(mean, variance.sqrt())
+        mean, scale = self._outward(mean + self._prior_mean(inner), variance.sqrt())
         shape = (*head, mean.shape[-1]) if not self._data.batch_shape else mean.shape
         return Normal(self._squeeze(mean.reshape(shape)), self._squeeze(scale.reshape(shape)), validate_args=False)
 
@@ -83,7 +87,7 @@ class GPPosterior(Posterior):
         factor = _root(covariance)
         shape = (*sample_shape, *mean.shape, 1)
         z = torch.randn(shape, generator=generator(seed, mean.device), dtype=mean.dtype, device=mean.device)
-        draws = (mean + (factor @ z).squeeze(-1) + self._constant.unsqueeze(-1)).movedim(-2, -1)
+        draws = (mean + (factor @ z).squeeze(-1) + self._prior_mean(inner)).movedim(-2, -1)
         return self._squeeze(self._units.outward(draws))
 
     def functions(self, num: int, *, seed: Seed = 0, num_features: int = 1024) -> Functions:
@@ -103,7 +107,7 @@ class GPPosterior(Posterior):
             update = k_xs.transpose(-2, -1) @ weights.reshape(
                 num, *[1] * (k_xs.ndim - state.chol.ndim), *weights.shape[1:]
             )
-            values = prior(inner) + update.squeeze(-1) + self._constant.unsqueeze(-1)
+            values = prior(inner) + update.squeeze(-1) + self._prior_mean(inner)
             return self._squeeze(self._units.outward(values.movedim(-2, -1)))
 
         return draw
@@ -137,7 +141,7 @@ class GPPosterior(Posterior):
         new = TrainingData(new.x.to(old.x), new.y.to(old.y), old.has_outputs)
         k_xn, inner = self._cross(new.x)
         k_nn = self._model.kernel(inner, params=self._kernel_values())
-        residual = self._units.inward_y(new.y, torch.float64).movedim(-1, -2) - self._constant.unsqueeze(-1)
+        residual = self._units.inward_y(new.y, torch.float64).movedim(-1, -2) - self._prior_mean(inner)
         state = ops.append(self._state, k_xn, k_nn, inner, residual)
         data = TrainingData(torch.cat([old.x, new.x], -2), torch.cat([old.y, new.y], -2), old.has_outputs)
         diagnostics = {**self._diagnostics, "num_data": data.x.shape[-2], "jitter": float(state.jitter.max())}
@@ -156,14 +160,17 @@ class GPPosterior(Posterior):
     def _kernel_values(self) -> dict[str, Tensor]:
         return self._model.kernel_values(self._values)
 
+    def _prior_mean(self, inner: Tensor) -> Tensor:
+        """m(x) (..., k, s) at x in the model's units (..., 1, s, d), or (..., k, 1) where it is a constant."""
+        return self._model.mean_at(inner, self._values, self._constant)
+
     def _cross(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """k(X, x) of shape (..., k, n, s), and x in the model's units with an axis for outputs, (..., 1, s, d)."""
         inner = self._units.inward_x(x, torch.float64).unsqueeze(-3)
         return self._model.kernel(self._state.x, inner, params=self._kernel_values()), inner
 
     def _outward(self, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        mean = (mean + self._constant.unsqueeze(-1)).movedim(-2, -1)
-        return self._units.outward(mean), self._units.outward_scale(scale.movedim(-2, -1))
+        return self._units.outward(mean.movedim(-2, -1)), self._units.outward_scale(scale.movedim(-2, -1))
 
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         values = {f"value.{name}": v for name, v in self._values.items()}
