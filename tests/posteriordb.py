@@ -79,9 +79,138 @@ def bayesian_linear_regression(data: dict[str, Any]) -> Problem:
     return Problem(LogDensity(log_density, d + 1), lambda q: {"beta": q[..., :d], "sigma": q[..., d].exp()})
 
 
+def autoregression(data: dict[str, Any]) -> Problem:
+    """y_t ~ N(alpha + sum_k beta_k y_{t-k}, sigma) for t > K; alpha, beta_k ~ N(0, 10), sigma ~ HalfCauchy(2.5).
+
+    Position: alpha, beta, log sigma.
+    """
+    y, order = _tensor(data["y"]), int(data["K"])
+    lags = torch.stack([y[order - k - 1 : len(y) - k - 1] for k in range(order)], -1)
+    x, target = torch.cat([torch.ones_like(lags[:, :1]), lags], -1), y[order:]
+
+    def log_density(q: Tensor) -> Tensor:
+        beta, log_sigma = q[..., :-1], q[..., -1]
+        prior = -0.5 * (beta / 10).square().sum(-1) + _half_cauchy(log_sigma, 2.5)
+        return prior + _normal_errors(target - beta @ x.T, log_sigma)
+
+    def transform(q: Tensor) -> dict[str, Tensor]:
+        return {"alpha": q[..., 0], "beta": q[..., 1:-1], "sigma": q[..., -1].exp()}
+
+    return Problem(LogDensity(log_density, order + 2), transform)
+
+
+def kid_score_interaction(data: dict[str, Any]) -> Problem:
+    """kid_score ~ N(b1 + b2 mom_hs + b3 mom_iq + b4 mom_hs mom_iq, sigma), sigma ~ HalfCauchy(2.5), b flat.
+
+    Position: R b and log sigma, with R from X = QR: mom_iq lies near 100, which makes b itself nearly collinear.
+    """
+    score, school, iq = (_tensor(data[name]) for name in ("kid_score", "mom_hs", "mom_iq"))
+    q_factor, r_factor = torch.linalg.qr(torch.stack([torch.ones_like(iq), school, iq, school * iq], -1))
+    width = len(score) ** 0.5  # coefficients of a basis whose columns have mean square 1
+
+    def log_density(q: Tensor) -> Tensor:
+        errors = score - width * q[..., :4] @ q_factor.T * score.std()
+        return _half_cauchy(q[..., 4], 2.5) + _normal_errors(errors, q[..., 4])
+
+    def transform(q: Tensor) -> dict[str, Tensor]:
+        rotated = (width * score.std() * q[..., :4]).unsqueeze(-1)
+        beta = torch.linalg.solve_triangular(r_factor, rotated, upper=True).squeeze(-1)
+        return {"beta": beta, "sigma": q[..., 4].exp()}
+
+    return Problem(LogDensity(log_density, 5), transform)
+
+
+def gp_regression(data: dict[str, Any]) -> Problem:
+    """y ~ N(0, alpha^2 exp(-|x - x'|^2 / (2 rho^2)) + sigma I), sigma on the diagonal as it is, not squared.
+
+    rho ~ Gamma(25, rate 4), alpha ~ HalfN(2), sigma ~ HalfN(1). Position: log rho, log alpha, log sigma.
+    """
+    x, y = _tensor(data["x"]), _tensor(data["y"])
+    squares, eye = (x.unsqueeze(-1) - x).square(), torch.eye(len(x), dtype=torch.float64)
+
+    def log_density(q: Tensor) -> Tensor:
+        log_rho, log_alpha, log_sigma = q.unbind(-1)
+        rho, alpha, sigma = q.exp().unbind(-1)
+        scaled = torch.exp(-0.5 * squares / rho.square()[..., None, None])
+        k = alpha.square()[..., None, None] * scaled + sigma[..., None, None] * eye
+        chol, failed = torch.linalg.cholesky_ex(k)
+        white = torch.linalg.solve_triangular(chol, y.expand(*q.shape[:-1], -1).unsqueeze(-1), upper=False)
+        fit = -0.5 * white.square().sum((-2, -1)) - chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        prior = 24 * log_rho - 4 * rho - 0.5 * (alpha / 2).square() - 0.5 * sigma.square()
+        return torch.where(failed == 0, fit + prior + log_rho + log_alpha + log_sigma, -torch.inf)
+
+    return Problem(
+        LogDensity(log_density, 3), lambda q: dict(zip(("rho", "alpha", "sigma"), q.exp().unbind(-1), strict=True))
+    )
+
+
+def gaussian_mixture(data: dict[str, Any]) -> Problem:
+    """theta N(mu_1, s_1) + (1 - theta) N(mu_2, s_2), mu_1 < mu_2; mu ~ N(0, 2), s ~ HalfN(2), theta ~ Beta(5, 5).
+
+    Position: mu_1, log(mu_2 - mu_1), log s, logit theta.
+    """
+    y = _tensor(data["y"])
+
+    def split(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.stack([q[..., 0], q[..., 0] + q[..., 1].exp()], -1), q[..., 2:4], q[..., 4]
+
+    def log_density(q: Tensor) -> Tensor:
+        mu, log_s, logit = split(q)
+        log_theta = torch.stack([-torch.nn.functional.softplus(-logit), -torch.nn.functional.softplus(logit)], -1)
+        z = (y - mu.unsqueeze(-1)) * (-log_s).exp().unsqueeze(-1)
+        parts = (log_theta - log_s).unsqueeze(-1) - 0.5 * z.square()
+        prior = -0.5 * (mu / 2).square().sum(-1) - 0.5 * (log_s.exp() / 2).square().sum(-1) + 4 * log_theta.sum(-1)
+        jacobian = q[..., 1] + log_s.sum(-1) + log_theta.sum(-1)
+        return parts.logsumexp(-2).sum(-1) + prior + jacobian
+
+    def transform(q: Tensor) -> dict[str, Tensor]:
+        mu, log_s, logit = split(q)
+        return {"mu": mu, "sigma": log_s.exp(), "theta": logit.sigmoid()}
+
+    return Problem(LogDensity(log_density, 5), transform)
+
+
+def garch(data: dict[str, Any]) -> Problem:
+    """y_t ~ N(mu, s_t), s_1 = sigma1, s_t^2 = alpha0 + alpha1 (y_{t-1} - mu)^2 + beta1 s_{t-1}^2; flat priors.
+
+    alpha0 > 0, alpha1 in (0, 1), beta1 in (0, 1 - alpha1). Position: mu, log alpha0, logit alpha1 and the logit of
+    beta1 / (1 - alpha1).
+    """
+    y, first = _tensor(data["y"]), float(data["sigma1"])
+    num = len(y)
+
+    def split(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        alpha1 = q[..., 2].sigmoid()
+        return q[..., 0], q[..., 1].exp(), alpha1, (1 - alpha1) * q[..., 3].sigmoid()
+
+    def log_density(q: Tensor) -> Tensor:
+        mu, alpha0, alpha1, beta1 = split(q)
+        squares = (y - mu.unsqueeze(-1)).square()
+        news = alpha0.unsqueeze(-1) + alpha1.unsqueeze(-1) * squares[..., :-1]
+        variance = torch.cat([torch.full_like(news[..., :1], first**2), news], -1)
+        # v_t = news_t + beta1 v_{t-1} for all t by doubling: after each round v_t holds twice as much of the past
+        lag, weight = 1, beta1.unsqueeze(-1)
+        while lag < num:
+            shifted = torch.nn.functional.pad(variance[..., :-lag], (lag, 0))
+            variance, lag, weight = variance + weight * shifted, 2 * lag, weight.square()
+        softplus = torch.nn.functional.softplus
+        jacobian = q[..., 1] - softplus(q[..., 2:]).sum(-1) - softplus(-q[..., 2:]).sum(-1) + (1 - alpha1).log()
+        return jacobian - 0.5 * (variance.log() + squares / variance).sum(-1)
+
+    return Problem(
+        LogDensity(log_density, 4),
+        lambda q: dict(zip(("mu", "alpha0", "alpha1", "beta1"), split(q), strict=True)),
+    )
+
+
 MODELS: dict[str, Callable[[dict[str, Any]], Problem]] = {
     "eight_schools-eight_schools_noncentered": eight_schools_noncentered,
     "sblri-blr": bayesian_linear_regression,
+    "arK-arK": autoregression,
+    "kidiq-kidscore_interaction": kid_score_interaction,
+    "gp_pois_regr-gp_regr": gp_regression,
+    "low_dim_gauss_mix-low_dim_gauss_mix": gaussian_mixture,
+    "garch-garch11": garch,
 }
 
 
@@ -97,6 +226,17 @@ def stacked(values: dict[str, Tensor]) -> tuple[np.ndarray, list[str]]:
             columns += list(np.moveaxis(array, -1, 0))
             names += [f"{name}[{i + 1}]" for i in range(array.shape[-1])]
     return np.stack(columns, -1), names
+
+
+def _half_cauchy(log_sigma: Tensor, scale: float) -> Tensor:
+    """sigma ~ HalfCauchy(scale), as a density of log sigma."""
+    return log_sigma - torch.log1p((log_sigma.exp() / scale).square())
+
+
+def _normal_errors(errors: Tensor, log_sigma: Tensor) -> Tensor:
+    """errors (..., n) ~ N(0, sigma), independent."""
+    squares = errors.square().sum(-1)
+    return -errors.shape[-1] * log_sigma - 0.5 * squares * (-2 * log_sigma).exp()
 
 
 def _tensor(values: Any) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from bayesdl import _checks, _doors
 from bayesdl._random import Seed, Streams, child_seeds
 from bayesdl.errors import ConvergenceWarning, NumericalError, SettingError, ShapeError, fail
 from bayesdl.models.log_density import LogDensity
-from bayesdl.samplers import hmc
+from bayesdl.samplers import chees, hmc, nuts
 from bayesdl.samplers.base import LogDensityFn, Run, summarize
 
-_SAMPLERS = ("hmc",)
+_SAMPLERS = ("hmc", "nuts", "chees")
+_MAX_DEPTH = 10
 _MAX_RHAT, _MIN_ESS, _MIN_BFMI = 1.05, 100.0, 0.3
 
 
@@ -38,7 +39,8 @@ class Chains:
         stats: Statistics of the sampler by name, each (num_chains, num_draws); see `samplers.Run`.
         diagnostics: "rhat" (the largest over `values`), "ess_bulk" and "ess_tail" (the smallest), "divergences",
             "e_bfmi" (one per chain), "acceptance_rate", "step_size", "num_gradients" (per chain), "seconds", "engine"
-            and "trace", {"log_density": chains x draws}.
+            and "trace", {"log_density": chains x draws}; of NUTS also "max_depth_reached" (draws whose tree was cut
+            short), of ChEES-HMC "trajectory_length".
         inverse_mass: The adapted inverse mass matrix, (dim,) or (dim, dim).
     """
 
@@ -50,9 +52,8 @@ class Chains:
 
     def to_arviz(self) -> Any:
         """An ArviZ DataTree with the groups posterior (`values`) and sample_stats."""
-        step_size = torch.full_like(self.stats["energy"], self.diagnostics["step_size"])
         stats = {name: value for name, value in self.stats.items() if name != "energy_change"}
-        return _doors.arviz_datatree(posterior=self.values, sample_stats={**stats, "step_size": step_size})
+        return _doors.arviz_datatree(posterior=self.values, sample_stats=stats)
 
 
 def sample(
@@ -64,9 +65,10 @@ def sample(
     num_draws: int = 1000,
     *,
     initial: Tensor | np.ndarray | None = None,
-    num_steps: int = 32,
-    target_accept: float = 0.8,
-    metric: Literal["diagonal", "dense", "identity"] = "diagonal",
+    num_steps: int | None = None,
+    max_depth: int | None = None,
+    target_accept: float | None = None,
+    metric: Literal["diagonal", "dense", "identity"] | None = None,
     thin: int = 1,
     names: tuple[str, ...] | None = None,
     transform: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
@@ -81,15 +83,20 @@ def sample(
         log_density: Maps positions (num_chains, dim) to values (num_chains,), differentiable by autograd; or a
             `LogDensity`, which knows its `dim` and `names`.
         dim: Number of coordinates; needed unless `log_density` is a `LogDensity`.
-        sampler: "hmc", Hamiltonian Monte Carlo with trajectories of random length (`samplers.hmc`).
+        sampler: "hmc", Hamiltonian Monte Carlo with trajectories of random length (`samplers.hmc`); "nuts", whose
+            trajectories end where they turn back (`samplers.nuts`), for few chains and uneven targets; "chees", whose
+            chains learn one length for all (`samplers.chees`), for 16 chains or more.
         num_chains: Chains run in one batch; many cost little more than few.
         num_warmup: Transitions that adapt the step size and the metric, from all chains together.
         num_draws: Draws kept per chain.
         initial: Initial positions (num_chains, dim), or (dim,) for all chains; None draws each coordinate uniformly
             from (-2, 2), again where the log density is not finite.
-        num_steps: Longest trajectory in leapfrog steps.
-        target_accept: Mean acceptance rate that the step size is adapted to.
-        metric: "diagonal", "dense" (for strongly correlated coordinates) or "identity".
+        num_steps: Longest trajectory in leapfrog steps, of "hmc" (32 when None) and "chees" (1000).
+        max_depth: A trajectory of "nuts" has at most 2^max_depth points (10 when None).
+        target_accept: Acceptance rate that the step size is adapted to: None means 0.8 for the mean, and for "chees"
+            0.651 for the harmonic mean.
+        metric: "diagonal", "dense" (for strongly correlated coordinates) or "identity". None means "diagonal", and for
+            "chees" a dense metric where the chains give enough positions to estimate it, up to 500 coordinates.
         thin: Keep every thin-th draw.
         names: One name per coordinate.
         transform: From draws (num_chains, num_draws, dim) to named quantities, each (num_chains, num_draws, *event);
@@ -100,12 +107,13 @@ def sample(
         progress: Show a bar on standard error.
 
     Raises:
-        SettingError: Unknown sampler, or a setting out of range.
+        SettingError: Unknown sampler, a setting out of range, or one that the sampler does not have.
         ShapeError: `initial`, the log density or the result of `transform` has the wrong shape.
         NumericalError: No finite log density found at the start.
 
     Warns:
-        ConvergenceWarning: R-hat above 1.05, ESS below 100, E-BFMI below 0.3, or divergent transitions.
+        ConvergenceWarning: R-hat above 1.05, ESS below 100, E-BFMI below 0.3, divergent transitions, or
+            more than half of the trees cut short at max_depth.
     """
     _checks.choice("sample", "sampler", sampler, _SAMPLERS)
     _checks.at_least("sample", "num_chains", num_chains, 1, integer=True)
@@ -116,23 +124,58 @@ def sample(
         start = _scatter(density, num_chains, initial_seed, like)
     else:
         start = _given_initial(initial, num_chains, density.dim, dtype, device)
-    run = hmc.run(
-        density,
-        start,
-        num_warmup=num_warmup,
-        num_draws=num_draws,
-        num_steps=num_steps,
-        target_accept=target_accept,
-        metric=metric,
-        thin=thin,
-        seed=run_seed,
-        progress=progress,
-        description=sampler.upper(),
-    )
+    common = _Common(num_warmup, num_draws, thin, run_seed, progress, sampler.upper())
+    run = _run(sampler, density, start, common, num_steps, max_depth, target_accept, metric)
     values = _values(run.draws, density.names, transform)
     diagnostics = _diagnose(run, values, sampler)
+    if sampler == "nuts":
+        cut = run.stats["tree_depth"] >= (_MAX_DEPTH if max_depth is None else max_depth)
+        diagnostics["max_depth_reached"] = int(cut.sum())
     _warn(diagnostics, num_chains * num_draws)
     return Chains(run.draws, values, run.stats, diagnostics, run.inverse_mass)
+
+
+class _Common(NamedTuple):
+    """The settings that every sampler has."""
+
+    num_warmup: int
+    num_draws: int
+    thin: int
+    seed: int
+    progress: bool
+    description: str
+
+
+def _run(
+    sampler: str,
+    density: LogDensity,
+    start: Tensor,
+    common: _Common,
+    num_steps: int | None,
+    max_depth: int | None,
+    target_accept: float | None,
+    metric: str | None,
+) -> Run:
+    """The sampler's own run, with its own defaults where None was given."""
+    shared: dict[str, Any] = common._asdict()
+    if sampler != "nuts" and max_depth is not None:
+        _foreign("max_depth", max_depth, sampler, "num_steps")
+    if sampler == "nuts" and num_steps is not None:
+        _foreign("num_steps", num_steps, sampler, "max_depth")
+    if target_accept is not None:
+        shared["target_accept"] = target_accept
+    if metric is not None:
+        shared["metric"] = metric
+    if sampler == "nuts":
+        return nuts.run(density, start, max_depth=_MAX_DEPTH if max_depth is None else max_depth, **shared)
+    if sampler == "chees":
+        return chees.run(density, start, max_steps=1000 if num_steps is None else num_steps, **shared)
+    return hmc.run(density, start, num_steps=32 if num_steps is None else num_steps, **shared)
+
+
+def _foreign(name: str, value: Any, sampler: str, own: str) -> NoReturn:
+    wanted = f'sampler="{sampler}" has no {name}.'
+    fail(SettingError, "sample", wanted, got=f"{name}={value!r}", fix=f"leave {name} out; {own} bounds a trajectory")
 
 
 def _density(log_density: LogDensityFn | LogDensity, dim: int | None, names: tuple[str, ...] | None) -> LogDensity:
@@ -204,12 +247,16 @@ def _diagnose(run: Run, values: dict[str, Tensor], sampler: str) -> dict[str, An
     flat = torch.cat([value.reshape(num_chains, num_draws, -1).double() for value in values.values()], -1)
     worst = _doors.arviz_convergence(flat)
     trace = {"log_density": run.stats["log_density"].tolist()}
-    return {"engine": sampler, **worst, **summarize(run), "trace": trace}
+    found = {"engine": sampler, **worst, **summarize(run), "trace": trace}
+    if run.trajectory_length is not None:
+        found["trajectory_length"] = run.trajectory_length.tolist()
+    return found
 
 
 def _warn(diagnostics: dict[str, Any], num_draws: int) -> None:
     ess = min(diagnostics["ess_bulk"], diagnostics["ess_tail"])
     bfmi = min(diagnostics["e_bfmi"])
+    cut = diagnostics.get("max_depth_reached", 0)
     doubts = [
         (diagnostics["rhat"] > _MAX_RHAT, f"R-hat {diagnostics['rhat']:.3f} above {_MAX_RHAT}: run longer"),
         (ess < _MIN_ESS, f"effective sample size {ess:.0f} below {_MIN_ESS:.0f}: draw more"),
@@ -218,6 +265,10 @@ def _warn(diagnostics: dict[str, Any], num_draws: int) -> None:
             diagnostics["divergences"] > 0,
             f"{diagnostics['divergences']} of {num_draws} draws followed a divergence: raise target_accept, or "
             "reparametrise",
+        ),
+        (
+            cut > 0.5 * num_draws,
+            f"{cut} of {num_draws} trees were cut short at max_depth: raise it, or use a dense metric",
         ),
     ]
     told = [text for doubtful, text in doubts if doubtful]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bayesdl.samplers import hmc
+from bayesdl.samplers import chees, hmc, nuts
 from bayesdl.samplers.base import LogDensityFn, Run, summarize
 
-__all__ = ["LogDensityFn", "Run", "hmc", "summarize"]
+__all__ = ["LogDensityFn", "Run", "chees", "hmc", "nuts", "summarize"]

@@ -161,7 +161,10 @@ def estimate_metric(moments: Moments, current: Metric) -> Metric:
     A group whose estimate is not finite or not positive definite keeps its `current` metric.
     """
     n = moments.count
-    covariance = moments.scatter / max(n - 1, 1) * (n / (n + 5))
+    scatter = moments.scatter
+    if not current.dense and scatter.ndim > moments.mean.ndim:
+        scatter = scatter.diagonal(dim1=-2, dim2=-1)
+    covariance = scatter / max(n - 1, 1) * (n / (n + 5))
     floor = 1e-3 * 5 / (n + 5)
     if not current.dense:
         estimate = (covariance + floor).to(current.inverse_mass)

@@ -26,12 +26,15 @@ class Run(NamedTuple):
         draws: Positions after warm-up, (*g, C, num_draws, D).
         stats: One value per chain and draw, each (*g, C, num_draws): "log_density" and "energy" (H = potential plus
             kinetic energy) of the draw, "energy_change" (H minus the H of the transition before, NaN for the first),
-            "acceptance_rate", "diverging" (bool) and "num_steps" (leapfrog steps). A thinned run keeps the mean
-            acceptance rate, whether any transition diverged and the sum of the steps since the last kept draw.
+            "acceptance_rate", "diverging" (bool), "num_steps" (leapfrog steps), "step_size", and for NUTS "tree_depth"
+            (doublings). A thinned run keeps the mean acceptance rate, whether any transition diverged, the sum of the
+            steps and the greatest depth since the last kept draw.
         step_size: The frozen step size, (*g).
         inverse_mass: The frozen inverse mass matrix, (*g, D) for a diagonal, (*g, D, D) for a dense one.
-        num_gradients: Gradient evaluations per chain: warm-up, the searches of the step size and sampling.
+        num_gradients: Gradient evaluations per chain: warm-up, the searches of the step size and sampling. For NUTS
+            the mean over chains, rounded up, with those that a chain computes in vain beside longer trees.
         seconds: Wall-clock time of the whole run.
+        trajectory_length: The frozen longest integration time of ChEES-HMC, (*g); None for other samplers.
     """
 
     draws: Tensor
@@ -40,6 +43,7 @@ class Run(NamedTuple):
     inverse_mass: Tensor
     num_gradients: int
     seconds: float
+    trajectory_length: Tensor | None = None
 
 
 def value_and_grad(log_density: LogDensityFn) -> ValueAndGrad:

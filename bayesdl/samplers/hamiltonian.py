@@ -1,4 +1,4 @@
-r"""Hamiltonian dynamics with a Gaussian momentum: the metric and the leapfrog integrator.
+r"""Hamiltonian dynamics with a Gaussian momentum: the metric, the leapfrog integrator and the accept decision.
 
 With U(q) = -log density, p ~ N(0, M) and H = U(q) + p' M^{-1} p / 2, one leapfrog step of size eps is
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from bayesdl.samplers.base import ValueAndGrad
+
+MAX_ENERGY_ERROR = 1000.0  # beyond it a trajectory counts as divergent
 
 
 class Metric(NamedTuple):
@@ -44,9 +46,33 @@ class Metric(NamedTuple):
         """M^{-1} p, shape (*g, C, D)."""
         return p @ self.inverse_mass if self.dense else p * self.inverse_mass.unsqueeze(-2)
 
+    def whiten(self, p: Tensor) -> Tensor:
+        """L' p with M^{-1} = L L', shape (*g, C, D): standard normal where p ~ N(0, M), and L'a . L'b = a' M^{-1} b."""
+        return p @ self.root if self.dense else p * self.root.unsqueeze(-2)
+
     def kinetic_energy(self, p: Tensor) -> Tensor:
         """p' M^{-1} p / 2, shape (*g, C), summed in float64."""
         return 0.5 * (p * self.velocity(p)).sum(-1, dtype=torch.float64)
+
+
+class State(NamedTuple):
+    """What the next transition needs: positions (*g, C, D), their log density (*g, C) and gradient (*g, C, D)."""
+
+    q: Tensor
+    log_density: Tensor
+    grad: Tensor
+
+
+class Parameters(NamedTuple):
+    """What warm-up adapts: the step size, (*g, 1) or one per chain (*g, C), and the metric."""
+
+    step_size: Tensor
+    metric: Metric
+
+
+def init(evaluate: ValueAndGrad, q: Tensor) -> State:
+    """The state at q (*g, C, D). Cost: one gradient."""
+    return State(q, *evaluate(q))
 
 
 def diagonal_metric(inverse_mass: Tensor) -> Metric:
@@ -92,3 +118,54 @@ def leapfrog(
         log_density, grad = evaluate(q)
         p = torch.addcmul(p, full, grad, value=1.0 if i < num_steps - 1 else 0.5)
     return q, p, log_density, grad
+
+
+def leapfrog_path(
+    evaluate: ValueAndGrad, q: Tensor, p: Tensor, grad: Tensor, step_size: Tensor, metric: Metric, num_steps: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`leapfrog` with all the points on its way: positions, momenta, log density and gradient, each (num_steps, ...).
+
+    A negative step size goes back in time. Arguments and cost are those of `leapfrog`.
+    """
+    full = step_size.unsqueeze(-1)
+    scaled = full if metric.dense else full * metric.inverse_mass.unsqueeze(-2)
+    p = torch.addcmul(p, full, grad, value=0.5)
+    points = []
+    for _ in range(num_steps):
+        q = torch.addcmul(q, p @ metric.inverse_mass if metric.dense else p, scaled)
+        points.append((q, p, *evaluate(q)))
+        p = torch.addcmul(p, full, points[-1][3])
+    qs, halfway, log_densities, grads = (torch.stack(parts) for parts in zip(*points, strict=True))
+    return qs, torch.addcmul(halfway, full, grads, value=0.5), log_densities, grads
+
+
+class Decision(NamedTuple):
+    """How the end of a trajectory was judged; tensors (*g, C)."""
+
+    acceptance_rate: Tensor
+    accepted: Tensor
+    diverging: Tensor
+    energy: Tensor
+
+
+def metropolis(
+    state: State, p: Tensor, end: State, p_end: Tensor, metric: Metric, uniform: Tensor
+) -> tuple[State, Decision]:
+    """Move to `end` with probability min(1, exp(H_start - H_end)), for each chain by its number `uniform` on [0, 1).
+
+    An end whose energy is not finite, or has grown by more than 1000, is refused and counts as a divergence. A chain
+    whose log density is not finite where it stands accepts any end where it is.
+    """
+    before, after = energy(state.log_density, p, metric), energy(end.log_density, p_end, metric)
+    error = torch.where(before.isfinite(), after - before, -torch.inf)
+    error = torch.where(after.isfinite(), error, torch.inf)
+    acceptance_rate = torch.exp(-error).clamp(max=1.0)
+    diverging = error > MAX_ENERGY_ERROR
+    accepted = (uniform < acceptance_rate) & ~diverging
+    mask = accepted.unsqueeze(-1)
+    state = State(
+        torch.where(mask, end.q, state.q),
+        torch.where(accepted, end.log_density, state.log_density),
+        torch.where(mask, end.grad, state.grad),
+    )
+    return state, Decision(acceptance_rate, accepted, diverging, torch.where(accepted, after, before))

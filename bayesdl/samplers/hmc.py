@@ -10,36 +10,17 @@ References: Neal (2011), arXiv 1206.1901; Hoffman & Gelman (2014), arXiv 1111.42
 
 from __future__ import annotations
 
-import time
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bayesdl import _checks
-from bayesdl._random import Seed, Streams, child_seeds, generator
-from bayesdl.errors import NumericalError, SettingError, ShapeError, fail
-from bayesdl.samplers import adaptation
-from bayesdl.samplers.base import (
-    LogDensityFn,
-    Run,
-    ValueAndGrad,
-    check_initial,
-    check_log_density,
-    value_and_grad,
-)
-from bayesdl.samplers.hamiltonian import Metric, dense_metric, diagonal_metric, energy, leapfrog
-from bayesdl.samplers.progress import Progress
+from bayesdl._random import Seed
+from bayesdl.samplers._chains import Move, Numbers, Plan, run_chains
+from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad
+from bayesdl.samplers.hamiltonian import Parameters, State, init, leapfrog, metropolis
 
-_MAX_ENERGY_ERROR = 1000.0
-
-
-class State(NamedTuple):
-    """What the next transition needs: positions (*g, C, D), their log density (*g, C) and gradient (*g, C, D)."""
-
-    q: Tensor
-    log_density: Tensor
-    grad: Tensor
+__all__ = ["Info", "Parameters", "State", "init", "run", "step"]
 
 
 class Info(NamedTuple):
@@ -51,17 +32,10 @@ class Info(NamedTuple):
     energy: Tensor
     num_steps: int
 
-
-class Parameters(NamedTuple):
-    """What warm-up adapts: the step size, (*g, 1) or one per chain (*g, C), and the metric."""
-
-    step_size: Tensor
-    metric: Metric
-
-
-def init(evaluate: ValueAndGrad, q: Tensor) -> State:
-    """The state at q (*g, C, D). Cost: one gradient."""
-    return State(q, *evaluate(q))
+    @property
+    def num_gradients(self) -> int:
+        """Gradient evaluations of each chain."""
+        return self.num_steps
 
 
 def step(
@@ -81,23 +55,10 @@ def step(
 
     Cost: num_steps gradients.
     """
-    step_size, metric = parameters
-    p = metric.momentum(noise).expand_as(state.q)
-    q, p_end, log_density, grad = leapfrog(evaluate, state.q, p, state.grad, step_size, metric, num_steps)
-    start, end = energy(state.log_density, p, metric), energy(log_density, p_end, metric)
-    error = torch.where(start.isfinite(), end - start, -torch.inf)
-    error = torch.where(end.isfinite(), error, torch.inf)
-    acceptance_rate = torch.exp(-error).clamp(max=1.0)
-    diverging = error > _MAX_ENERGY_ERROR
-    accepted = (uniform < acceptance_rate) & ~diverging
-    mask = accepted.unsqueeze(-1)
-    state = State(
-        torch.where(mask, q, state.q),
-        torch.where(accepted, log_density, state.log_density),
-        torch.where(mask, grad, state.grad),
-    )
-    current = torch.where(accepted, end, start)
-    return state, Info(acceptance_rate, accepted, diverging, current, num_steps)
+    p = parameters.metric.momentum(noise).expand_as(state.q)
+    q, p_end, *rest = leapfrog(evaluate, state.q, p, state.grad, *parameters, num_steps)
+    state, decision = metropolis(state, p, State(q, *rest), p_end, parameters.metric, uniform)
+    return state, Info(*decision, num_steps)
 
 
 def run(
@@ -151,213 +112,25 @@ def run(
 
     Reference: Neal (2011), arXiv 1206.1901; Hoffman & Gelman (2014), arXiv 1111.4246.
     """
-    began = time.perf_counter()
-    _check_run(log_density, initial, num_warmup, num_draws, num_steps, thin, target_accept)
-    evaluate = value_and_grad(log_density)
-    state = init(evaluate, initial.detach())
-    numbers = _Numbers(seed, state.q, num_steps)
-    first = 1.0 if step_size is None else step_size
-    parameters = Parameters(_given_step_size(first, state.q), _initial_metric(metric, inverse_mass, state.q))
-    num_gradients = 1
-    if step_size is None:
-        parameters, spent = _search(evaluate, state, parameters, numbers)
-        num_gradients += spent
-    bar = Progress(num_warmup + num_draws * thin, description, progress)
-    try:
-        state, parameters, spent = _warm_up(
-            evaluate, state, parameters, numbers, num_warmup, target_accept, metric != "identity", bar
-        )
-        num_gradients += spent
-        _check_alive(state)
-        draws, stats, spent = _draw(evaluate, state, parameters, numbers, num_draws, thin, bar)
-    finally:
-        bar.close()
-    if draws.is_cuda:
-        torch.cuda.synchronize(draws.device)
-    seconds = time.perf_counter() - began
-    frozen = parameters.step_size.squeeze(-1)
-    return Run(draws, stats, frozen, parameters.metric.inverse_mass, num_gradients + spent, seconds)
-
-
-def _check_run(
-    log_density: LogDensityFn,
-    initial: Tensor,
-    num_warmup: int,
-    num_draws: int,
-    num_steps: int,
-    thin: int,
-    target_accept: float,
-) -> None:
-    _checks.at_least("hmc.run", "num_warmup", num_warmup, 0, integer=True)
-    _checks.at_least("hmc.run", "num_draws", num_draws, 1, integer=True)
     _checks.at_least("hmc.run", "num_steps", num_steps, 1, integer=True)
-    _checks.at_least("hmc.run", "thin", thin, 1, integer=True)
-    _checks.inside("hmc.run", "target_accept", target_accept, 0, 1)
-    check_initial("hmc.run", initial)
-    check_log_density("hmc.run", log_density, initial)
 
+    def make_move(evaluate: ValueAndGrad, numbers: Numbers) -> Move:
+        def move(state: State, parameters: Parameters) -> tuple[State, Info]:
+            noise, uniform = numbers.momentum(), numbers.uniform()
+            return step(evaluate, state, parameters, noise, uniform, numbers.length(num_steps))
 
-class _Numbers:
-    """All random numbers of a run: a stream for each chain, one for the lengths, and one per chain for the searches."""
+        return move
 
-    def __init__(self, seed: Seed, q: Tensor, num_steps: int) -> None:
-        chain_seed, length_seed, search_seed = child_seeds(seed, 3)
-        self._like = q
-        self._chains = Streams(chain_seed, q.shape[-2], q.device)
-        self._searches = Streams(search_seed, q.shape[-2], q.device)
-        self._lengths = generator(length_seed)
-        self._shortest, self._longest = -(-num_steps // 2), num_steps
-
-    def transition(self) -> tuple[Tensor, Tensor, int]:
-        """Normal numbers (C, D), uniform ones (C), and a number of leapfrog steps; the same for every group."""
-        noise = self._chains.normal(self._like.shape[-1], like=self._like)
-        uniform = self._chains.uniform(like=self._like)
-        num_steps = int(torch.randint(self._shortest, self._longest + 1, (), generator=self._lengths))
-        return noise, uniform, num_steps
-
-    def search(self) -> Tensor:
-        """Normal numbers (C, D)."""
-        return self._searches.normal(self._like.shape[-1], like=self._like)
-
-
-def _initial_metric(kind: str, inverse_mass: Tensor | None, q: Tensor) -> Metric:
-    _checks.choice("hmc.run", "metric", kind, ("diagonal", "dense", "identity"))
-    if kind == "identity" and inverse_mass is not None:
-        fail(
-            SettingError,
-            "hmc.run",
-            'metric="identity" takes no inverse_mass.',
-            got=f"inverse_mass of shape {tuple(inverse_mass.shape)}",
-            fix='metric="diagonal", num_warmup=0 keeps a given inverse mass as it is',
-        )
-    dim = q.shape[-1]
-    groups = tuple(q.shape[:-2])
-    shape = (*groups, dim, dim) if kind == "dense" else (*groups, dim)
-    if inverse_mass is None:
-        inverse_mass = torch.eye(dim).to(q) if kind == "dense" else q.new_ones(dim)
-    try:
-        inverse_mass = inverse_mass.detach().to(q).expand(shape).contiguous()
-    except RuntimeError:
-        got = str(tuple(inverse_mass.shape))
-        fail(
-            ShapeError, "hmc.run", f"inverse_mass must have shape {shape}.", got=got, fix="one per group and coordinate"
-        )
-    return dense_metric(inverse_mass) if kind == "dense" else diagonal_metric(inverse_mass)
-
-
-def _given_step_size(step_size: float | Tensor, q: Tensor) -> Tensor:
-    value = torch.as_tensor(step_size).detach().to(q)
-    groups = tuple(q.shape[:-2])
-    if value.ndim and tuple(value.shape) != groups:
-        wanted = f"step_size must be a number or have shape {groups}, one per group."
-        fail(ShapeError, "hmc.run", wanted, got=str(tuple(value.shape)), fix="pass one number")
-    if not bool(((value > 0) & value.isfinite()).all()):
-        fail(SettingError, "hmc.run", "step_size must be positive.", got=str(step_size), fix="None searches for one")
-    return value.expand(groups).unsqueeze(-1).clone()
-
-
-def _search(evaluate: ValueAndGrad, state: State, parameters: Parameters, numbers: _Numbers) -> tuple[Parameters, int]:
-    step_size, spent = adaptation.find_step_size(
-        evaluate, state.q, state.log_density, state.grad, parameters.metric, numbers.search(), parameters.step_size
+    result, _ = run_chains(
+        "hmc.run",
+        log_density,
+        initial,
+        Plan(num_warmup, num_draws, thin, target_accept, metric),
+        make_move,
+        step_size=step_size,
+        inverse_mass=inverse_mass,
+        seed=seed,
+        progress=progress,
+        description=description,
     )
-    return parameters._replace(step_size=step_size), spent
-
-
-def _warm_up(
-    evaluate: ValueAndGrad,
-    state: State,
-    parameters: Parameters,
-    numbers: _Numbers,
-    num_warmup: int,
-    target_accept: float,
-    adapt_metric: bool,
-    bar: Progress,
-) -> tuple[State, Parameters, int]:
-    """The chains after warm-up, the parameters to freeze, and the gradients spent."""
-    windows = adaptation.slow_windows(num_warmup)
-    together = windows[-1][1] if windows else 0
-    ends = {end for _, end in windows}
-    num_gradients = 0
-    averaging = adaptation.start_dual_averaging(parameters.step_size)
-    moments = adaptation.start_moments(state.q, parameters.metric.dense)
-    for t in range(num_warmup):
-        if t == together:
-            parameters = _pool(parameters, state)
-            averaging = adaptation.start_dual_averaging(parameters.step_size)
-        state, info = step(evaluate, state, parameters, *numbers.transition())
-        num_gradients += info.num_steps
-        bar.update(parameters.step_size, info.acceptance_rate, info.diverging, warmup=True)
-        rate = info.acceptance_rate.mean(-1, keepdim=True) if t >= together else info.acceptance_rate
-        averaging = adaptation.dual_average(averaging, rate, target_accept)
-        parameters = parameters._replace(step_size=averaging.log_step_size.exp().to(state.q))
-        if windows and windows[0][0] <= t < together:
-            moments = adaptation.add_to_moments(moments, state.q)
-        if t + 1 in ends and adapt_metric:
-            parameters = parameters._replace(metric=adaptation.estimate_metric(moments, parameters.metric))
-        if t + 1 in ends:
-            parameters, spent = _search(evaluate, state, parameters, numbers)
-            num_gradients += spent
-            averaging = adaptation.start_dual_averaging(parameters.step_size)
-            moments = adaptation.start_moments(state.q, parameters.metric.dense)
-    if num_warmup:
-        parameters = parameters._replace(step_size=averaging.log_average.exp().to(state.q))
-    return state, _pool(parameters, state), num_gradients
-
-
-def _pool(parameters: Parameters, state: State) -> Parameters:
-    """One step size for all chains of a group."""
-    if parameters.step_size.shape[-1] == 1:
-        return parameters
-    counts = state.log_density.isfinite()
-    return parameters._replace(step_size=adaptation.pool_step_sizes(parameters.step_size, counts))
-
-
-def _check_alive(state: State) -> None:
-    dead = ~state.log_density.isfinite()
-    if bool(dead.any()):
-        fail(
-            NumericalError,
-            "hmc.run",
-            "every chain must have reached a finite log density when warm-up ends.",
-            got=f"{int(dead.sum())} of {dead.numel()} chains at NaN or infinity",
-            fix="start the chains where log_density is finite, or warm up for longer",
-        )
-
-
-def _draw(
-    evaluate: ValueAndGrad,
-    state: State,
-    parameters: Parameters,
-    numbers: _Numbers,
-    num_draws: int,
-    thin: int,
-    bar: Progress,
-) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Draws, statistics, and the gradients spent per chain; the parameters stay as they are."""
-    chains = state.log_density.shape
-    wide = {"dtype": torch.float64, "device": state.q.device}
-    draws = state.q.new_empty(*chains, num_draws, state.q.shape[-1])
-    stats = {
-        "log_density": state.log_density.new_empty(*chains, num_draws),
-        "energy": torch.empty(*chains, num_draws, **wide),
-        "energy_change": torch.empty(*chains, num_draws, **wide),
-        "acceptance_rate": torch.zeros(*chains, num_draws, **wide),
-        "diverging": torch.zeros(*chains, num_draws, dtype=torch.bool, device=state.q.device),
-        "num_steps": torch.zeros(*chains, num_draws, dtype=torch.int64, device=state.q.device),
-    }
-    current = torch.full(chains, torch.nan, **wide)
-    for i in range(num_draws):
-        for _ in range(thin):
-            previous = current
-            state, info = step(evaluate, state, parameters, *numbers.transition())
-            current = info.energy
-            stats["acceptance_rate"][..., i] += info.acceptance_rate / thin
-            stats["diverging"][..., i] |= info.diverging
-            stats["num_steps"][..., i] += info.num_steps
-            bar.update(parameters.step_size, info.acceptance_rate, info.diverging, warmup=False)
-        draws[..., i, :] = state.q
-        stats["log_density"][..., i] = state.log_density
-        stats["energy"][..., i] = current
-        stats["energy_change"][..., i] = current - previous
-    num_gradients = int(stats["num_steps"].flatten(0, -2)[0].sum())
-    return draws, stats, num_gradients
+    return result

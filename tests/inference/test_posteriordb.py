@@ -1,4 +1,4 @@
-"""HMC against the reference draws of posteriordb, in mean and standard deviation."""
+"""The Hamiltonian samplers against the reference draws of posteriordb, in mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -25,28 +25,15 @@ def moments(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([mean, sd]), np.concatenate([of_mean, of_sd])
 
 
-# A rare divergence would warn; the comparison below is the judge here.
-@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
-@pytest.mark.parametrize("seed", [11, 12, 13])
-@pytest.mark.parametrize("name", list(posteriordb.MODELS))
-def test_hmc_agrees_with_the_reference_draws(data_dir, name, seed):
-    """Every mean and standard deviation lies within 4 Monte Carlo errors, the reference's error counted too.
+QUICK = ("eight_schools-eight_schools_noncentered", "sblri-blr")
 
-    False alarms: a right sampler is beyond 4 errors in 1 of 16 000 comparisons, or 1 of 3 700 if the estimated errors
-    are a tenth too small; six cases make 96 comparisons, so fewer than 3 % of seeds would fail. The seeds are fixed.
-    """
+
+def compare(data_dir, name: str, sampler: str, seed: int, **settings) -> None:
+    """Every mean and standard deviation lies within 4 Monte Carlo errors, the reference's error counted too."""
     reference = posteriordb.load(data_dir, name)
     problem = posteriordb.MODELS[name](reference.data)
-    chains = sample(
-        problem.log_density,
-        num_chains=32,
-        num_warmup=200,
-        num_draws=120,
-        num_steps=10,
-        target_accept=0.9,
-        transform=problem.transform,
-        seed=seed,
-    )
+    settings = {"num_chains": 32, "num_warmup": 200, "num_draws": 120, "target_accept": 0.9, **settings}
+    chains = sample(problem.log_density, sampler=sampler, transform=problem.transform, seed=seed, **settings)
     ours, names = posteriordb.stacked(chains.values)
     assert names == reference.names
     assert chains.diagnostics["rhat"] < 1.05
@@ -57,6 +44,40 @@ def test_hmc_agrees_with_the_reference_draws(data_dir, name, seed):
     # The comparison means something only where the error is small beside the posterior's own width.
     width = np.tile(theirs[len(names) :], 2)
     assert (error < 0.08 * width).all()
+
+
+# A rare divergence would warn; the comparison is the judge in all of these.
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+@pytest.mark.parametrize("seed", [11, 12, 13])
+@pytest.mark.parametrize("name", QUICK)
+def test_hmc_agrees_with_the_reference_draws(data_dir, name, seed):
+    """Six cases make 96 comparisons.
+
+    A right sampler is beyond 4 errors in 1 of 16 000 of them, or 1 of 3 700 if the estimated errors are a tenth too
+    small, so fewer than 3 % of seeds would fail. The seeds are fixed.
+    """
+    compare(data_dir, name, "hmc", seed, num_steps=10)
+
+
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+@pytest.mark.parametrize(("sampler", "name"), [("chees", QUICK[0]), ("nuts", QUICK[1])])
+def test_nuts_and_chees_agree_with_the_reference_draws(data_dir, sampler, name):
+    """One quick case each, 32 comparisons in all: a false alarm for fewer than 1 % of seeds."""
+    compare(data_dir, name, sampler, 11, num_warmup=150, num_draws=80)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+@pytest.mark.parametrize("seed", [11, 12, 13])
+@pytest.mark.parametrize("name", list(posteriordb.MODELS))
+@pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees"])
+def test_every_sampler_agrees_with_every_reference(data_dir, sampler, name, seed):
+    """Seven posteriors, three samplers, three seeds: 720 comparisons at 4 errors.
+
+    A false alarm somewhere for 1 in 22 sets of seeds (1 in 5 if the errors are a tenth too small); the seeds are fixed.
+    """
+    bound = {"max_depth": 7} if sampler == "nuts" else {"num_steps": 32}
+    compare(data_dir, name, sampler, seed, **bound)
 
 
 def test_the_comparison_notices_a_wrong_prior(data_dir):

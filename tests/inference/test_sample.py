@@ -57,6 +57,35 @@ def test_diagnostics_are_plain_and_complete():
     torch.testing.assert_close(chains.stats["log_density"], normal(chains.draws))
 
 
+@pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees"])
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+def test_every_sampler_draws_from_the_target_and_says_what_it_did(sampler):
+    """Means and variances of a correlated pair within 4.5 Monte Carlo errors: a false alarm for 1 in 12 000 seeds."""
+    root = torch.tensor([[2.0, 0], [1.5, 0.6]], dtype=torch.float64)
+
+    def log_density(q):
+        return normal(torch.linalg.solve_triangular(root.T, q - 3, upper=True, left=False))
+
+    chains = sample(log_density, 2, sampler, num_chains=16, num_warmup=100, num_draws=60, seed=1)
+    x = chains.draws.numpy() - 3
+    found = np.concatenate([x, x**2], -1)
+    wanted = np.concatenate([np.zeros(2), np.diag(root @ root.T)])
+    error = array_stats.mcse(found, method="mean", chain_axis=0, draw_axis=1)
+    assert (np.abs(found.mean((0, 1)) - wanted) / error).max() < 4.5
+    json.dumps(chains.diagnostics)
+    assert chains.diagnostics["engine"] == sampler
+    assert ("trajectory_length" in chains.diagnostics) == (sampler == "chees")
+    assert ("max_depth_reached" in chains.diagnostics) == (sampler == "nuts")
+    assert ("tree_depth" in chains.to_arviz().sample_stats) == (sampler == "nuts")
+    assert chains.inverse_mass.ndim == (2 if sampler == "chees" else 1)
+
+
+def test_trees_cut_short_are_told():
+    with pytest.warns(ConvergenceWarning, match="cut short at max_depth"):
+        chains = sample(normal, 3, "nuts", num_warmup=30, num_draws=20, max_depth=1)
+    assert chains.diagnostics["max_depth_reached"] > 40
+
+
 def test_same_seed_same_draws():
     first = sample(normal, dim=2, seed=3, **QUICK).draws
     assert torch.equal(first, sample(normal, dim=2, seed=3, **QUICK).draws)
@@ -144,7 +173,10 @@ def test_dtype_and_one_chain():
 @pytest.mark.parametrize(
     ("error", "word", "change"),
     [
-        (SettingError, "sampler must be one of 'hmc'", {"sampler": "nuts"}),
+        (SettingError, "sampler must be one of 'hmc'", {"sampler": "gibbs"}),
+        (SettingError, "has no max_depth", {"max_depth": 5}),
+        (SettingError, "has no num_steps", {"sampler": "nuts"}),
+        (SettingError, "chees.run: metric", {"sampler": "chees", "metric": "full"}),
         (SettingError, "dim", {"dim": None}),
         (SettingError, "dim", {"dim": 0}),
         (SettingError, "dim must be 3", {"log_density": LogDensity(normal, 3)}),

@@ -1,0 +1,93 @@
+"""What the engines share that sample all weights of a network by Markov chains: data in, verdict and posterior out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayesdl import _checks, _doors
+from bayesdl._random import Seed, child_seeds
+from bayesdl.inference._fitting import NetworkProblem, network_problem, warn_unless
+from bayesdl.models import BNN
+from bayesdl.posterior import DrawsPosterior
+from bayesdl.samplers.base import LogDensityFn, Run, summarize
+
+
+class Longer(NamedTuple):
+    """What to advise where chains have not converged, or a tree was cut short."""
+
+    settings: str
+    max_depth: int | None = None
+
+
+def check_settings(engine: Any, metrics: tuple[str, ...], counts: tuple[str, ...]) -> None:
+    """Refuse settings out of range: `counts` and those that all these engines have."""
+    where = type(engine).__name__
+    for name in ("num_chains", "num_draws", "thin", *counts):
+        _checks.at_least(where, name, getattr(engine, name), 1, integer=True)
+    _checks.at_least(where, "num_warmup", engine.num_warmup, 0, integer=True)
+    _checks.inside(where, "target_accept", engine.target_accept, 0.0, 1.0)
+    _checks.choice(where, "metric", engine.metric, metrics)
+
+
+def sample_network(
+    name: str,
+    model: BNN,
+    x: Any,
+    y: Any,
+    num_chains: int,
+    standardize: bool,
+    seed: Seed,
+    run_chains: Callable[[LogDensityFn, Tensor, Seed], Run],
+    longer: Longer,
+) -> DrawsPosterior:
+    """Fit the network `model` to data by `run_chains(log_density, starts, seed)`; see `HMC.fit`."""
+    where = f"{name}.fit"
+    problem = network_problem(where, model, x, y, standardize=standardize)
+    start_seed, run_seed = child_seeds(seed, 2)
+    starts = problem.starts(num_chains, start_seed)
+    run = run_chains(problem.space.bind(problem.x, problem.y), starts, run_seed)
+    diagnostics = _diagnose(name, problem, run, longer)
+    _warn(where, diagnostics, run, longer)
+    stats = {} if problem.data.batch_shape else run.stats
+    return DrawsPosterior(model, problem.data, problem.units, diagnostics, draws=run.draws, stats=stats)
+
+
+def _diagnose(name: str, problem: NetworkProblem, run: Run, longer: Longer) -> dict[str, Any]:
+    convergence = _doors.arviz_convergence(problem.probe_values(run.draws))
+    diagnostics = {
+        "engine": name,
+        "num_data": problem.data.x.shape[-2],
+        "num_weights": problem.space.network.num_weights,
+        "rhat": convergence["rhat"],
+        "ess_bulk": convergence["ess_bulk"],
+        "ess_tail": convergence["ess_tail"],
+        **summarize(run),
+    }
+    if run.trajectory_length is not None:
+        diagnostics["trajectory_length"] = run.trajectory_length.tolist()
+    if longer.max_depth is not None:
+        diagnostics["max_depth_reached"] = int((run.stats["tree_depth"] >= longer.max_depth).sum())
+    if not problem.data.batch_shape:
+        diagnostics["trace"] = {"log_density": run.stats["log_density"].tolist()}
+    return diagnostics
+
+
+def _warn(where: str, diagnostics: dict[str, Any], run: Run, longer: Longer) -> None:
+    total = run.draws.shape[-3] * run.draws.shape[-2]
+    rhat, ess = diagnostics["rhat"], diagnostics["ess_bulk"]
+    divergences = int(torch.as_tensor(diagnostics["divergences"]).max())
+    more = f"run longer (num_warmup, num_draws){longer.settings}"
+    warn_unless(
+        not rhat > 1.05, where, f"chains disagree about function values (R-hat {rhat:.2f}, wanted < 1.05)", more
+    )
+    warn_unless(not ess < min(100, total), where, f"only {ess:.0f} effective draws of function values", more)
+    smaller = "raise target_accept towards 0.95"
+    warn_unless(divergences <= 0.01 * total, where, f"{divergences} divergent transitions", smaller)
+    if longer.max_depth is not None:
+        cut, draws = diagnostics["max_depth_reached"], run.stats["tree_depth"].numel()
+        found = f"{cut} of {draws} trees were cut short at max_depth={longer.max_depth}"
+        warn_unless(cut <= 0.5 * draws, where, found, "a longer warm-up may find a better metric, or raise max_depth")

@@ -1,0 +1,89 @@
+r"""ChEES-HMC for Bayesian neural networks: many chains in lock step, which learn one trajectory length for all.
+
+Static trajectories waste nothing in a batch, which is what a GPU wants: prefer it to `NUTS` from sixteen chains on. The
+length maximises the change in the estimator of the expected square, with a floor at a quarter period of the widest
+direction. Weights of a network are not identified, so convergence is judged on function values.
+
+Reference: Hoffman, Radul, Sountsov (2021), An adaptive-MCMC scheme for setting trajectory lengths in HMC, AISTATS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from bayesdl._random import Seed
+from bayesdl.inference._network_chains import Longer, check_settings, sample_network
+from bayesdl.models import BNN
+from bayesdl.posterior import DrawsPosterior
+from bayesdl.samplers import chees
+from bayesdl.samplers.base import LogDensityFn, Run
+
+
+@dataclass(frozen=True)
+class ChEES:
+    """Full-batch ChEES-HMC on the weights and the noise of a network.
+
+    Attributes:
+        model: The network, its prior and its likelihood.
+        num_chains: Chains, run side by side; 16 or more, for they are what the length is learned from.
+        num_warmup: Transitions that adapt and are dropped.
+        num_draws: Draws kept from each chain.
+        max_steps: Longest trajectory, in leapfrog steps.
+        target_accept: Harmonic mean of the acceptance rates that the step size aims at.
+        metric: "diagonal", "dense", "identity", or "auto": dense for at most 500 coordinates where the chains give
+            enough positions to estimate it.
+        thin: Keep every thin-th draw.
+        standardize: Fit in standardised inputs and targets; everything comes back in the user's units.
+        progress: Show a bar with step size, acceptance and divergences.
+    """
+
+    model: BNN
+    num_chains: int = 16
+    num_warmup: int = 500
+    num_draws: int = 500
+    max_steps: int = 1000
+    target_accept: float = 0.651
+    metric: Literal["auto", "diagonal", "dense", "identity"] = "auto"
+    thin: int = 1
+    standardize: bool = True
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self, ("auto", "diagonal", "dense", "identity"), ("max_steps",))
+
+    def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> DrawsPosterior:
+        """Sample the posterior of the network given x (*b, n, d) and y (*b, n) or (*b, n, k).
+
+        Data sets along *b are independent and sampled at the same time, each with its own step size and metric; each
+        gets the draws that it would get alone. For classification y holds labels 0, 1, ….
+
+        Raises:
+            ShapeError, DataError, DtypeError, DeviceError: The data cannot be used.
+            NumericalError: The log density is not finite at any start.
+
+        Warns:
+            ConvergenceWarning: R-hat of function values above 1.05, fewer than 100 effective draws, or divergences.
+
+        Cost: about T / (2 eps) gradients a transition, T the learned length and eps the step, each O(n num_weights) a
+        chain.
+        """
+
+        def run_chains(log_density: LogDensityFn, starts: Tensor, run_seed: Seed) -> Run:
+            return chees.run(
+                log_density,
+                starts,
+                num_warmup=self.num_warmup,
+                num_draws=self.num_draws,
+                max_steps=self.max_steps,
+                target_accept=self.target_accept,
+                metric=self.metric,
+                thin=self.thin,
+                seed=run_seed,
+                progress=self.progress,
+            )
+
+        longer = Longer(", or use more chains (num_chains)")
+        return sample_network("ChEES", self.model, x, y, self.num_chains, self.standardize, seed, run_chains, longer)

@@ -1,0 +1,88 @@
+r"""The no-U-turn sampler for Bayesian neural networks: trajectories as long as they are worth.
+
+Each chain doubles its trajectory until it turns back, so that no length has to be chosen; a network's posterior, in
+which scales differ from place to place, is where that pays. Chains run side by side, those whose trajectory is complete
+waiting at no cost in gradients. Weights of a network are not identified, so convergence is judged on function values.
+
+Reference: Hoffman & Gelman (2014), arXiv 1111.4246; Betancourt (2017), arXiv 1701.02434.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from bayesdl._random import Seed
+from bayesdl.inference._network_chains import Longer, check_settings, sample_network
+from bayesdl.models import BNN
+from bayesdl.posterior import DrawsPosterior
+from bayesdl.samplers import nuts
+from bayesdl.samplers.base import LogDensityFn, Run
+
+
+@dataclass(frozen=True)
+class NUTS:
+    """Full-batch NUTS on the weights and the noise of a network.
+
+    Attributes:
+        model: The network, its prior and its likelihood.
+        num_chains: Chains, run side by side.
+        num_warmup: Transitions that adapt and are dropped.
+        num_draws: Draws kept from each chain.
+        max_depth: A trajectory has at most 2^max_depth points; 1 to 20.
+        target_accept: Mean acceptance rate over a trajectory that the step size aims at.
+        metric: "diagonal", "dense" (for at most a few hundred weights) or "identity".
+        thin: Keep every thin-th draw.
+        standardize: Fit in standardised inputs and targets; everything comes back in the user's units.
+        progress: Show a bar with step size, acceptance and divergences.
+    """
+
+    model: BNN
+    num_chains: int = 4
+    num_warmup: int = 500
+    num_draws: int = 500
+    max_depth: int = 10
+    target_accept: float = 0.8
+    metric: Literal["diagonal", "dense", "identity"] = "diagonal"
+    thin: int = 1
+    standardize: bool = True
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self, ("diagonal", "dense", "identity"), ("max_depth",))
+
+    def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> DrawsPosterior:
+        """Sample the posterior of the network given x (*b, n, d) and y (*b, n) or (*b, n, k).
+
+        Data sets along *b are independent and sampled at the same time, each with its own step size and metric; each
+        gets the draws that it would get alone. For classification y holds labels 0, 1, ….
+
+        Raises:
+            ShapeError, DataError, DtypeError, DeviceError: The data cannot be used.
+            NumericalError: The log density is not finite at any start.
+
+        Warns:
+            ConvergenceWarning: R-hat of function values above 1.05, fewer than 100 effective draws, divergences, or
+                more than half of the trees cut short at `max_depth`.
+
+        Cost: at most 2^max_depth gradients a transition, each O(n num_weights) a chain.
+        """
+
+        def run_chains(log_density: LogDensityFn, starts: Tensor, run_seed: Seed) -> Run:
+            return nuts.run(
+                log_density,
+                starts,
+                num_warmup=self.num_warmup,
+                num_draws=self.num_draws,
+                max_depth=self.max_depth,
+                target_accept=self.target_accept,
+                metric=self.metric,
+                thin=self.thin,
+                seed=run_seed,
+                progress=self.progress,
+            )
+
+        longer = Longer("", self.max_depth)
+        return sample_network("NUTS", self.model, x, y, self.num_chains, self.standardize, seed, run_chains, longer)
