@@ -66,7 +66,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
-	@$(BIN)/bayesdl compare --data diabetes --engines gp,nngp,hmc,ensemble --reference hmc --out $(OUT)/
+	@$(BIN)/bayesdl compare --data diabetes --engines gp,nngp,student-t,hmc,ensemble --reference hmc --out $(OUT)/
 	@echo; echo "The report: file://$(CURDIR)/$(OUT)/index.html"
 
 test: $(VENV)/.installed-test
@@ -86,7 +86,7 @@ docs: $(VENV)/.installed-docs
 	@echo "The pages: file://$(CURDIR)/site/index.html"
 
 bench: $(VENV)/.installed-bench
-	@for script in import_time core_anchor; do \
+	@for script in import_time kernel_core; do \
 	  echo "benchmarks/$$script.py"; $(ONE_THREAD) $(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
 

@@ -43,6 +43,7 @@ GUESTS: dict[str, tuple[str, ...] | None] = {
     "matplotlib": ("evaluation",),
     "jaxtyping": None,
     "lightning": ("amortized",),
+    "triton": ("ops",),
 }
 
 GLOBAL_STATE = {

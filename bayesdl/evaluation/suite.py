@@ -56,6 +56,26 @@ def _nngp(task: str, num_classes: int, quick: bool) -> Any:
     return _exact_gp(NNGP(depth=3, activation="relu"), quick)
 
 
+def _student_t(task: str, num_classes: int, quick: bool) -> Any:
+    from bayesdl.inference.scale_mixture import ScaleMixture
+    from bayesdl.kernels import Matern, Scale
+    from bayesdl.models.gp import GP
+
+    model = GP(Scale(Matern(nu=2.5)), likelihood=_likelihood(task, num_classes))
+    return ScaleMixture(model, num_starts=1 if quick else 4, batch_size=_BATCH, num_steps=200 if quick else 1000)
+
+
+def _sparse(task: str, num_classes: int, quick: bool) -> Any:
+    from bayesdl.inference.sparse_gp import SparseGP
+    from bayesdl.kernels import Matern, Scale
+    from bayesdl.models.gp import GP
+
+    model = GP(Scale(Matern(nu=2.5)), likelihood=_likelihood(task, num_classes))
+    if task == "regression":
+        return SparseGP(model, num_inducing=200, num_steps=50 if quick else 200)
+    return SparseGP(model, num_inducing=200, batch_size=_BATCH, num_steps=200 if quick else 1000)
+
+
 def _exact_gp(kernel: Any, quick: bool) -> Any:
     from bayesdl.inference.exact_gp import ExactGP
     from bayesdl.likelihoods import Gaussian
@@ -78,24 +98,49 @@ def _ensemble(task: str, num_classes: int, quick: bool) -> Any:
     return Ensemble(_network(task, num_classes), num_members=5, num_steps=1000 if quick else 2000)
 
 
-def _network(task: str, num_classes: int) -> Any:
-    from bayesdl import likelihoods, priors
-    from bayesdl.models.bnn import BNN
+def _sghmc(task: str, num_classes: int, quick: bool) -> Any:
+    from bayesdl.inference.sghmc import SGHMC
 
-    likelihood = {
+    return SGHMC(_network(task, num_classes), num_warmup=1000 if quick else 3000, num_draws=100 if quick else 200)
+
+
+def _nuts(task: str, num_classes: int, quick: bool) -> Any:
+    from bayesdl.inference.nuts import NUTS
+
+    length = 50 if quick else 300
+    return NUTS(_network(task, num_classes), num_chains=4, num_warmup=length, num_draws=length)
+
+
+def _likelihood(task: str, num_classes: int) -> Any:
+    from bayesdl import likelihoods
+
+    makers = {
         "regression": likelihoods.Gaussian,
         "binary": likelihoods.Bernoulli,
         "multiclass": lambda: likelihoods.Categorical(num_classes),
-    }[task]()
+    }
+    return makers[task]()
+
+
+def _network(task: str, num_classes: int) -> Any:
+    from bayesdl import priors
+    from bayesdl.models.bnn import BNN
+
+    likelihood = _likelihood(task, num_classes)
     # Standardised targets ask for functions of size one; classes that can be told apart ask for logits well beyond it.
     prior = priors.Normal(scale=1.0 if task == "regression" else 4.0)
     return BNN(hidden=(50,), activation="tanh", prior=prior, likelihood=likelihood)
 
 
+_BATCH = 256
 _EVERY = ("regression", "binary", "multiclass")
 ENGINES: dict[str, Entry] = {
     "gp": Entry("exact Gaussian process, Matern-5/2 kernel, one lengthscale an input", ("regression",), _gp),
     "nngp": Entry("exact Gaussian process, kernel of an infinitely wide relu network", ("regression",), _nngp),
+    "student-t": Entry("Student-t process: that GP with an unknown scale of its covariance", _EVERY, _student_t),
+    "sparse": Entry("that GP through 200 inducing points", _EVERY, _sparse),
     "hmc": Entry("Bayesian neural network of 50 tanh units, Hamiltonian Monte Carlo", _EVERY, _hmc),
+    "nuts": Entry("such a network by the No-U-Turn sampler", _EVERY, _nuts),
+    "sghmc": Entry("such a network by stochastic-gradient HMC", _EVERY, _sghmc),
     "ensemble": Entry("five such networks trained from different starts", _EVERY, _ensemble),
 }

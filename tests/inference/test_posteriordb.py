@@ -63,7 +63,8 @@ def test_hmc_agrees_with_the_reference_draws(data_dir, name, seed):
 @pytest.mark.parametrize(("sampler", "name"), [("chees", QUICK[0]), ("nuts", QUICK[1])])
 def test_nuts_and_chees_agree_with_the_reference_draws(data_dir, sampler, name):
     """One quick case each, 32 comparisons in all: a false alarm for fewer than 1 % of seeds."""
-    compare(data_dir, name, sampler, 11, num_warmup=150, num_draws=80)
+    # Trajectories of random length make short ones among them, so ChEES-HMC needs more of them, which cost less.
+    compare(data_dir, name, sampler, 11, num_warmup=150, num_draws=240 if sampler == "chees" else 80)
 
 
 @pytest.mark.slow
