@@ -26,7 +26,7 @@ from bayesdl.errors import NumericalError, NumericalWarning, SettingError, Shape
 from bayesdl.inference._bounds import JITTER, Collapsed, InducingProblem, Point, Variational, inducing_sums, read_point
 from bayesdl.inference._evidence import Evidence, Search, maximise_evidence
 from bayesdl.inference._fitting import warn_unless
-from bayesdl.inference._stochastic import InverseGammaParams, Stochastic, optimise
+from bayesdl.inference._natural_gradients import InverseGammaParams, Stochastic, optimise
 from bayesdl.models import GP
 from bayesdl.posterior.closed_form import evidence_in_units
 from bayesdl.posterior.inducing import InducingPosterior

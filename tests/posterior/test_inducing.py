@@ -17,7 +17,7 @@ import bayesdl as bdl
 from bayesdl import ops
 from bayesdl.data import training_data
 from bayesdl.errors import ConvergenceWarning, SettingError, ShapeError
-from bayesdl.inference import _bounds, _expectations, _stochastic
+from bayesdl.inference import _bounds, _expectations, _natural_gradients
 from bayesdl.inference._bounds import InducingProblem, Variational, evaluate, read_point
 from bayesdl.inference._expectations import Scales
 from bayesdl.inference._inducing import InducingSettings, InverseGammaParams, fit_inducing
@@ -264,16 +264,16 @@ def test_the_scale_stops_where_the_bound_is_flat():
     prior = InverseGammaParams(2.0, 3.0)
 
     def visit(scale: Any) -> Any:
-        expected = _stochastic._expected(problem, point, scale, 1, torch.Generator())
+        expected = _natural_gradients._expected(problem, point, scale, 1, torch.Generator())
         return evaluate(problem, point, q, expected, None, slopes=True)
 
     def negative_bound(log_ab: np.ndarray) -> float:
-        scale = _stochastic._scale(torch.tensor(np.exp(log_ab)).unsqueeze(0), prior, vector)
-        return -float(visit(scale).expected - _stochastic._kl(q, scale))
+        scale = _natural_gradients._scale(torch.tensor(np.exp(log_ab)).unsqueeze(0), prior, vector)
+        return -float(visit(scale).expected - _natural_gradients._kl(q, scale))
 
-    scale = _stochastic._scale(torch.tensor([[9.0, 0.7]], dtype=torch.float64), prior, vector)
+    scale = _natural_gradients._scale(torch.tensor([[9.0, 0.7]], dtype=torch.float64), prior, vector)
     for _ in range(40):
-        scale = _stochastic._scale_step(scale, prior, q, visit(scale), 0.5)
+        scale = _natural_gradients._scale_step(scale, prior, q, visit(scale), 0.5)
     found = minimize(negative_bound, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-10})
     np.testing.assert_allclose(scale.a_and_b.detach()[0].numpy(), np.exp(found.x), rtol=2e-3)
 
