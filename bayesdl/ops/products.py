@@ -19,6 +19,7 @@ from torch import Tensor
 from bayesdl.errors import ShapeError, fail
 from bayesdl.ops import _triton
 from bayesdl.ops.tiles import Grads, Rows, Tiles
+from bayesdl.ops.workers import in_parallel, num_workers
 
 # Two or three arrays of a tile are in work at once and should share a core's second-level cache; where there are many
 # columns the products outweigh the evaluation of the kernel, and like larger tiles.
@@ -68,14 +69,24 @@ class KernelOperator:
         if fused is not None and _triton.usable(self.left[0]):
             product = _triton.product(fused, self.left, self.right, v.to(torch.float32), same=True)
             return product.mul_(self.tiles.factor)
-        dtype = self.left[0].dtype
+        vt = v.to(self.left[0].dtype).mT.contiguous()  # (t, n): narrow products are fastest with columns lying as rows
         rows, columns = self._tile_shape(v.shape[-1])
-        vt = v.to(dtype).mT.contiguous()  # (t, n): narrow products are fastest with the columns lying as rows
-        out = torch.zeros(vt.shape, dtype=torch.float64, device=v.device)
+        strips = range(0, self.n, rows)
+        workers = self._workers(len(strips))
+        # neighbouring strips are of nearly the same length, so that taking turns gives everyone the same share
+        parts = in_parallel(lambda worker: self._strips(vt, strips[worker::workers], rows, columns), workers)
+        out = parts[0]
+        for part in parts[1:]:
+            out += part
+        return out.mul_(self.tiles.factor).mT
+
+    def _strips(self, vt: Tensor, strips: range, rows: int, columns: int) -> Tensor:
+        """What the tiles of some rows, on the diagonal and to its right, add to the product (t, n), in float64."""
+        out = torch.zeros(vt.shape, dtype=torch.float64, device=vt.device)
         # what the tiles of the current rows add to those rows, and to all later ones
         own, later = vt.new_zeros(vt.shape[0], rows), torch.zeros_like(vt)
-        scratch = torch.empty(2, rows * max(rows, columns), dtype=dtype, device=v.device)
-        for i, start in enumerate(range(0, self.n, rows)):
+        scratch = torch.empty(2, rows * max(rows, columns), dtype=vt.dtype, device=vt.device)
+        for i, start in enumerate(strips):
             stop = min(start + rows, self.n)
             mine = own[:, : stop - start]
             for j, (begin, end) in enumerate(_to_the_right(start, stop, self.n, columns)):
@@ -91,7 +102,7 @@ class KernelOperator:
             if i % _FLUSH == _FLUSH - 1:
                 out += later
                 later.zero_()
-        return out.add_(later).mul_(self.tiles.factor).mT
+        return out.add_(later)
 
     def gradient(self, u: Tensor, v: Tensor) -> Grads:
         """d/dtheta of sum_c u_c' k(x, x) v_c for u and v (n t), by recomputing every tile.
@@ -101,9 +112,15 @@ class KernelOperator:
         _check_columns("ops.KernelOperator.gradient", self.n, u)
         dtype = self.left[0].dtype
         u, v = u.to(dtype), v.to(dtype)
-        total: Grads = {}
         rows, columns = self._tile_shape(v.shape[-1])
-        for start in range(0, self.n, rows):
+        strips = range(0, self.n, rows)
+        workers = self._workers(len(strips))
+        parts = in_parallel(lambda worker: self._gradient(u, v, strips[worker::workers], rows, columns), workers)
+        return {name: sum(part[name] for part in parts[1:] if name in part) + grad for name, grad in parts[0].items()}
+
+    def _gradient(self, u: Tensor, v: Tensor, strips: range, rows: int, columns: int) -> Grads:
+        total: Grads = {}
+        for start in strips:
             stop = min(start + rows, self.n)
             for begin, end in _to_the_right(start, stop, self.n, columns):
                 p = u[start:stop] @ v[begin:end].mT
@@ -137,6 +154,9 @@ class KernelOperator:
         out, spare = scratch[0, :size].view(shape), scratch[1, :size].view(shape)
         left, right = _cut(self.left, start, stop), _cut(self.right, begin, end)
         return self.tiles.value(left, right, out, spare, same=begin == start)
+
+    def _workers(self, strips: int) -> int:
+        return num_workers(self.x.device, strips) if self.tiles.threadsafe else 1
 
     def _tile_shape(self, t: int) -> tuple[int, int]:
         return tile_shape(self.n, self.left[0].dtype, self.x.device, self.tile_bytes, t)
@@ -177,13 +197,19 @@ def cross_covariance(tiles: Tiles, x: Tensor, z: Tensor, *, tile_bytes: int | No
     out = x.new_empty(x.shape[-2], z.shape[-2])
     left, right = tiles.rows(x, z, x.dtype)
     rows, columns = tile_shape(max(out.shape), x.dtype, x.device, tile_bytes)
-    spare = x.new_empty(2, rows * columns)
-    for start in range(0, out.shape[0], rows):
-        for begin in range(0, out.shape[1], columns):
-            a, b = _cut(left, start, start + rows), _cut(right, begin, begin + columns)
-            shape = (a[0].shape[0], b[0].shape[0])
-            one, two = (s[: shape[0] * shape[1]].view(shape) for s in spare)
-            out[start : start + rows, begin : begin + columns] = tiles.value(a, b, one, two, same=False)
+    strips = range(0, out.shape[0], rows)
+    workers = num_workers(x.device, len(strips)) if tiles.threadsafe else 1
+
+    def fill(worker: int) -> None:
+        spare = x.new_empty(2, rows * columns)
+        for start in strips[worker::workers]:
+            for begin in range(0, out.shape[1], columns):
+                a, b = _cut(left, start, start + rows), _cut(right, begin, begin + columns)
+                shape = (a[0].shape[0], b[0].shape[0])
+                one, two = (s[: shape[0] * shape[1]].view(shape) for s in spare)
+                out[start : start + rows, begin : begin + columns] = tiles.value(a, b, one, two, same=False)
+
+    in_parallel(fill, workers)
     return out.mul_(tiles.factor)
 
 
@@ -200,26 +226,32 @@ def cross_product(tiles: Tiles, x: Tensor, z: Tensor, v: Tensor, *, tile_bytes: 
     rows, columns = tile_shape(max(x.shape[-2], z.shape[-2]), x.dtype, x.device, tile_bytes)
     out = v.new_zeros(v.shape[-1], x.shape[-2])
     vt = v.mT.contiguous()
-    spare = x.new_empty(2, rows * columns)
-    for start in range(0, x.shape[-2], rows):
-        a = _cut(left, start, start + rows)
-        for begin in range(0, z.shape[-2], columns):
-            b = _cut(right, begin, begin + columns)
-            shape = (a[0].shape[0], b[0].shape[0])
-            one, two = (s[: shape[0] * shape[1]].view(shape) for s in spare)
-            tile = tiles.value(a, b, one, two, same=False)
-            out[:, start : start + rows] += vt[:, begin : begin + columns] @ tile.mT
+    strips = range(0, x.shape[-2], rows)
+    workers = num_workers(x.device, len(strips)) if tiles.threadsafe else 1
+
+    def fill(worker: int) -> None:
+        spare = x.new_empty(2, rows * columns)
+        for start in strips[worker::workers]:
+            a = _cut(left, start, start + rows)
+            for begin in range(0, z.shape[-2], columns):
+                b = _cut(right, begin, begin + columns)
+                shape = (a[0].shape[0], b[0].shape[0])
+                one, two = (s[: shape[0] * shape[1]].view(shape) for s in spare)
+                tile = tiles.value(a, b, one, two, same=False)
+                out[:, start : start + rows] += vt[:, begin : begin + columns] @ tile.mT
+
+    in_parallel(fill, workers)
     return out.mul_(tiles.factor).mT
 
 
 def tile_shape(
     n: int, dtype: torch.dtype, device: torch.device, tile_bytes: int | None = None, t: int = 1
 ) -> tuple[int, int]:
-    """Rows and columns of a tile that t columns are multiplied with: wider than high, each thread's share in cache."""
+    """Rows and columns of a tile that t columns are multiplied with: wider than high, and in a core's cache."""
     wide = t >= _WIDE
     if tile_bytes is None:
-        per_thread = _WIDE_TILE_BYTES if wide else _CPU_TILE_BYTES
-        tile_bytes = _GPU_TILE_BYTES if device.type == "cuda" else per_thread * torch.get_num_threads()
+        on_cpu = _WIDE_TILE_BYTES if wide else _CPU_TILE_BYTES
+        tile_bytes = _GPU_TILE_BYTES if device.type == "cuda" else on_cpu
     entries = max(64, tile_bytes // dtype.itemsize)
     aspect = 2 if wide else 4
     rows = max(5, int((entries / aspect) ** 0.5))

@@ -33,6 +33,11 @@ class Tiles(abc.ABC):
     factor: float = 1.0
 
     @property
+    def threadsafe(self) -> bool:
+        """Whether several threads may evaluate tiles at once."""
+        return True
+
+    @property
     def fused(self) -> _triton.Fused | None:
         """What a GPU evaluates in one kernel with the product; None where it takes tiles, as on a CPU."""
         return None
@@ -190,6 +195,11 @@ class ScaledTiles(Tiles):
         """That of the base."""
         return self.base.fused
 
+    @property
+    def threadsafe(self) -> bool:
+        """As the base."""
+        return self.base.threadsafe
+
     def rows(self, x: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Rows, Rows]:
         """Those of the base."""
         return self.base.rows(x, z, dtype)
@@ -218,6 +228,11 @@ class CombinedTiles(Tiles):
 
     parts: tuple[Tiles, ...]
     product: bool
+
+    @property
+    def threadsafe(self) -> bool:
+        """As all its parts."""
+        return all(part.threadsafe for part in self.parts)
 
     def rows(self, x: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Rows, Rows]:
         """Those of the parts, one after another."""
@@ -348,6 +363,11 @@ class EvaluatedTiles(Tiles):
     covariance: Callable[[Tensor, Tensor, Grads], Tensor]
     variance: Callable[[Tensor, Grads], Tensor]
     params: Grads
+
+    @property
+    def threadsafe(self) -> bool:
+        """A kernel of the user's own may not be; a gpytorch module that is called with other parameters is not."""
+        return False
 
     def rows(self, x: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Rows, Rows]:
         """The inputs themselves."""

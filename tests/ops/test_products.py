@@ -150,3 +150,26 @@ def test_tiles_keep_to_their_size():
         assert rows * columns * 4 <= 2**19
         assert 1 <= rows <= n
         assert 1 <= columns <= n
+
+
+@pytest.mark.parametrize("name", ["scaled sum", "nngp", "sum with linear"])
+def test_threads_share_the_work_and_change_nothing_but_rounding(name):
+    """Sums in another order, and the number of threads that torch uses is afterwards what it was."""
+    kernel, params = setting(name)
+    x, v = normal(700, 4), normal(700, 3, seed=1)
+    tiles = tiles_of(kernel, params)
+    operator = kernel_operator(tiles, x, NOISE, tile_bytes=2**14)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            cross = cross_product(tiles, x[:50], x, v)
+            gradients = torch.cat([grad.reshape(-1) for grad in operator.gradient(v, v).values()])
+            results.append((operator(v), gradients, cross))
+            assert torch.get_num_threads() == threads
+            assert torch.equal(operator(v), results[-1][0])  # and the same from call to call
+    finally:
+        torch.set_num_threads(before)
+    for alone, shared in zip(*results, strict=True):
+        torch.testing.assert_close(shared, alone, rtol=1e-12, atol=1e-12)
