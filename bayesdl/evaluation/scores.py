@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
 from bayesdl import _checks
-from bayesdl.distributions import Empirical, GaussianMixture
+from bayesdl.distributions import Empirical, GaussianMixture, StudentT
 from bayesdl.errors import DataError, SettingError, ShapeError, fail
 
 __all__ = ["accuracy", "brier", "class_probabilities", "coverage", "crps", "interval_score", "nlpd", "rmse"]
 
 Reduction = Literal["mean", "none"]
 _CHUNK = 2**21
+_NEAR_ONE = 3e-5
 _SQRT_PI = math.sqrt(math.pi)
 _SQRT_2PI = math.sqrt(2 * math.pi)
 _PANELS = (1e-7, 1e-5, 1e-3, 0.03, 0.15, 0.35, 0.5, 0.65, 0.85, 0.97, 1 - 1e-3, 1 - 1e-5, 1 - 1e-7)
@@ -55,6 +56,9 @@ def crps(predictive: Distribution, y: Any, reduction: Reduction = "mean") -> Ten
         CRPS(F, y) = int (F(v) - 1{v >= y})^2 dv = E|X - y| - E|X - X'| / 2,   X, X' ~ F independent
 
     Normal: scale [z (2 Phi(z) - 1) + 2 phi(z) - 1/sqrt(pi)], z = (y - loc)/scale.
+    StudentT of nu > 1/2 degrees of freedom, infinite for fewer, with F and f its standard cdf and density:
+    scale [z (2 F(z) - 1) + 2 f(z) (nu + z^2)/(nu - 1) - 2 sqrt(nu)/(nu - 1) B(1/2, nu - 1/2)/B(1/2, nu/2)^2];
+    nu counts as a constant there.
     GaussianMixture: sum_i w_i A(y - m_i, s_i^2) - 1/2 sum_ij w_i w_j A(m_i - m_j, s_i^2 + s_j^2), A(m, v) = E|N(m, v)|;
     with many components the double sum is int F (1 - F) by the trapezoid rule, which converges faster than any power.
     Empirical of M >= 2 draws: the fair estimate, whose second term divides by M (M - 1), so that few draws are not
@@ -182,6 +186,42 @@ def _crps(predictive: Distribution, y: Tensor) -> Tensor:
 def _(predictive: Normal, y: Tensor) -> Tensor:
     z = (y - predictive.loc) / predictive.scale
     return predictive.scale * (_mean_abs(z, torch.ones_like(z)) - 1 / _SQRT_PI)
+
+
+@_crps.register
+def _(predictive: StudentT, y: Tensor) -> Tensor:
+    z = (y - predictive.loc).double() / predictive.scale
+    nu = predictive.dof.detach().double()
+    heavy = nu <= 0.5
+    nu = torch.where(heavy, 1.0, nu)
+    # at nu = 1 the poles of two terms cancel: near it, on the line between the values on both sides, to gap^2
+    near = (nu - 1).abs() < _NEAR_ONE
+    score = _crps_student(z, torch.where(near, 1 + _NEAR_ONE, nu))
+    if bool(near.any()):
+        low = _crps_student(z, torch.where(near, 1 - _NEAR_ONE, nu))
+        score = torch.where(near, low + 0.5 * (nu - 1 + _NEAR_ONE) / _NEAR_ONE * (score - low), score)
+    return torch.where(heavy, math.inf, predictive.scale * score).to(y)
+
+
+def _crps_student(z: Tensor, nu: Tensor) -> Tensor:
+    """For the standard Student-t, above 1/2 degrees of freedom other than 1; the formula holds below 1 by continuation.
+
+    With g(x) = Gamma(x + 1/2) / Gamma(x), B(1/2, nu - 1/2) / B(1/2, nu/2)^2 = g(nu/2)^2 / (sqrt(pi) g(nu - 1/2)).
+    """
+    g = _gamma_ratio(0.5 * nu)
+    density = g / (math.pi * nu).sqrt() * torch.exp(-0.5 * (nu + 1) * torch.log1p(z.square() / nu))
+    below = StudentT(nu, torch.zeros_like(nu), torch.ones_like(nu), False).cdf(z)
+    spread = nu.sqrt() * g.square() / (_SQRT_PI * _gamma_ratio(nu - 0.5))
+    return z * (2 * below - 1) + 2 * (density * (nu + z.square()) - spread) / (nu - 1)
+
+
+def _gamma_ratio(x: Tensor) -> Tensor:
+    """Gamma(x + 1/2) / Gamma(x), by Stirling's series where the difference of two large lgamma would lose digits."""
+    far = x > 50
+    u = 1 / torch.where(far, x, 50.0)
+    series = 1 - u / 8 * (1 - u / 16 * (1 + u * (5 / 8) * (1 - u * (21 / 160))))
+    near = torch.where(far, 1.0, x)
+    return torch.where(far, x.sqrt() * series, (torch.lgamma(near + 0.5) - torch.lgamma(near)).exp())
 
 
 @_crps.register

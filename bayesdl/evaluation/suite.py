@@ -107,8 +107,9 @@ def _sghmc(task: str, num_classes: int, quick: bool) -> Any:
 def _nuts(task: str, num_classes: int, quick: bool) -> Any:
     from bayesdl.inference.nuts import NUTS
 
-    length = 50 if quick else 300
-    return NUTS(_network(task, num_classes), num_chains=4, num_warmup=length, num_draws=length)
+    length, max_depth = (30, 5) if quick else (200, 7)
+    network = _network(task, num_classes)
+    return NUTS(network, num_chains=4, num_warmup=length, num_draws=length, max_depth=max_depth)
 
 
 def _likelihood(task: str, num_classes: int) -> Any:

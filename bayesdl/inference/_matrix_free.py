@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,13 +29,9 @@ from bayesdl.kernels.tiles import tiles_of
 from bayesdl.models import GP, Layout
 from bayesdl.ops import Pivots
 from bayesdl.ops.solver import SolverConfig, evidence_gradient, linear_system, memory_needed
-from bayesdl.posterior.matrix_free import (
-    MatrixFreeGPPosterior,
-    condition_matrix_free,
-    problems_of,
-    summary,
-    total_evidence,
-)
+from bayesdl.posterior._pathwise import prior_draws
+from bayesdl.posterior._solved import condition_matrix_free, problems_of, summary, total_evidence
+from bayesdl.posterior.matrix_free import MatrixFreeGPPosterior
 
 DENSE_UP_TO = 5000  # points; above it a Cholesky factor takes longer than the solves that replace it
 _DENSE_MATRICES = 4  # n x n matrices that the dense path holds at once: covariance, factor, inverse, gradient
@@ -109,7 +106,13 @@ def fit_matrix_free(
     root = child_seeds(seed, 1)[0]
     k, n = data.y.shape[-1], data.x.shape[-2]
     raw = problems_of(data, units)
+    if config.estimator == "pathwise" and not _draws_functions(model, layout, raw[0][0]):
+        config = replace(config, estimator="signs")
     climbs = search.num_starts > 0 and n > config.subset_size and config.num_steps > 0
+    if climbs and config.num_probes == 0:
+        wanted = "num_probes must be at least 2 where hyper-parameters are learned on all points."
+        fail(SettingError, "ExactGP.fit", wanted, got="0", fix="num_probes=16, num_steps=0 or optimize=False")
+    found: list[_Climb] = []
     logs = [_Checkpoint.at(config, i, (repr(model), repr(search), root, x, y)) for i, (x, y) in enumerate(raw)]
     if climbs and all(log.found for log in logs):
         theta, report = torch.stack([log.climb.theta for log in logs]), {"subset_size": config.subset_size}
@@ -122,8 +125,13 @@ def fit_matrix_free(
         ]
         theta = torch.stack([climb.theta for climb in found])
         norms = [climb.norms.tolist() for climb in found]
-        report |= {"adam_steps": config.num_steps, "gradient_norm": norms[0] if len(norms) == 1 else norms}
+        report |= {
+            "estimator": config.estimator,
+            "adam_steps": config.num_steps,
+            "gradient_norm": norms[0] if len(norms) == 1 else norms,
+        }
     values, constant = layout.unpack(theta.reshape(*data.batch_shape, k, layout.dim))
+    reuses = config.estimator == "pathwise" and config.variance_samples is not None
     solved = []
     for i, (x, y) in enumerate(raw):
         own, own_constant = layout.unpack(theta[i])
@@ -137,6 +145,8 @@ def fit_matrix_free(
                 config,
                 seed=root,
                 memory=choice.memory,
+                start=found[i].solution[:, 0] if found else None,
+                first=found[i].solution[:, 1:] if found and reuses else None,
             )
         )
     report |= summary(solved, "ExactGP.fit")
@@ -169,6 +179,17 @@ def _start(
     x, y = torch.stack([x[rows] for x, _ in raw]), torch.stack([y[rows] for _, y in raw])
     theta, report = maximise_evidence(Evidence(model, layout, x, y), search, seed)
     return theta, {**report, "subset_size": size}
+
+
+def _draws_functions(model: GP, layout: Layout, x: Tensor) -> bool:
+    """Whether functions can be drawn from the prior of the model's kernel."""
+    values, _ = layout.unpack(layout.initial(x))
+    g = torch.Generator(x.device).manual_seed(0)
+    try:
+        model.kernel.sample_functions(x.shape[-1], 1, 2, model.kernel_values(values), g)
+    except NotImplementedError:
+        return False
+    return True
 
 
 class _Climb(NamedTuple):
@@ -211,14 +232,18 @@ def _climb(
     with bar:
         for step in range(done, config.num_steps):
             values, constant = layout.unpack(climb.theta)
-            # the same stream at every step: the objective of all steps has the same probes
+            # the same streams at every step: the objective of all steps has the same probes
             g = torch.Generator(x.device).manual_seed(seed)
-            tiles = tiles_of(model.kernel, model.kernel_values(values))
+            params, noise, draws = model.kernel_values(values), values["noise_variance"], None
+            tiles = tiles_of(model.kernel, params)
             pivots = Pivots(climb.pivots, climb.blocks) if step > 0 else None
-            system = linear_system(tiles, x, values["noise_variance"], config, pivots=pivots, generator=g)
+            system = linear_system(tiles, x, noise, config, pivots=pivots, generator=g)
+            g.manual_seed(seed + 1)  # the posterior draws its functions from the same seed
+            if config.estimator == "pathwise":
+                _, draws = prior_draws(model.kernel, params, noise, x, config.num_probes, g)
             residual = y - model.mean_at(x, values, constant)
             start = climb.solution if climb.solution.numel() else None
-            found = evidence_gradient(system, residual, config, g.manual_seed(seed + 1), start=start)
+            found = evidence_gradient(system, residual, config, g, start=start, draws=draws)
             by_mean, by_constant = model.mean_pullback(x, values, found.solution[:, 0])
             grads = {f"kernel.{name}": grad for name, grad in found.params.items()}
             grads |= {"noise_variance": found.noise_variance} | by_mean

@@ -13,7 +13,7 @@ from bayesdl.errors import SettingError, fail
 from bayesdl.hyper import LogNormal, Parameter
 from bayesdl.kernels.base import Functions, Kernel, Lead, Params, Pullback, draw_uniform, get, reduce_to
 from bayesdl.kernels.columns import PriorChoice, check_positive
-from bayesdl.kernels.stationary import _Stationary
+from bayesdl.kernels.stationary import _Stationary, inner
 
 
 def _part(params: Params, prefix: str) -> Params:
@@ -81,10 +81,7 @@ class Scale(Kernel):
         value, pull = base.scaled_value_and_pullback(x, params, scale)
 
         def pullback(p: Tensor) -> Params:
-            grads = {"outputscale": reduce_to(inner(p, value), scale.shape) / scale}
-            for name, grad in pull(p).items():
-                grads[f"base.{name}"] = grad
-            return grads
+            return {name if name == "outputscale" else f"base.{name}": grad for name, grad in pull(p).items()}
 
         return value, pullback
 
@@ -241,13 +238,6 @@ def multiply(left: Kernel, right: Kernel | float) -> Kernel:
     first = left.kernels if isinstance(left, Product) else (left,)
     second = right.kernels if isinstance(right, Product) else (right,)
     return Product((*first, *second))
-
-
-def inner(p: Tensor, k: Tensor) -> Tensor:
-    """Sum of the elementwise product over the last two axes."""
-    if p.ndim == 2 and p.shape == k.shape:
-        return torch.dot(p.reshape(-1), k.reshape(-1))
-    return (p * k).sum((-2, -1))
 
 
 def _numbered(kernels: tuple[Kernel, ...], d: int) -> tuple[Parameter, ...]:

@@ -77,7 +77,7 @@ class _Stationary(OnColumns):
     def scaled_value_and_pullback(
         self, x: Tensor, params: Params, outputscale: Tensor | None
     ) -> tuple[Tensor, Pullback]:
-        """`value_and_pullback` of outputscale * K, which costs no pass over the matrix more than that of K.
+        """`value_and_pullback` of outputscale * K, with a gradient in "outputscale"; its value costs no pass more.
 
         Args:
             x: (*b n d).
@@ -95,7 +95,12 @@ class _Stationary(OnColumns):
 
         def pullback(p: Tensor) -> Params:
             grads = extra(p)
+            total = None if outputscale is None or slope is value else inner(p, value)
             per_column = (u * difference_sum(p, slope, u)).sum(-2)
+            if outputscale is not None:
+                # p has been multiplied by the slope
+                total = p.sum((-2, -1)) if total is None else total
+                grads["outputscale"] = reduce_to(total, outputscale.shape) / outputscale
             if not self.ard:
                 per_column = per_column.sum(-1)
             grads["lengthscale"] = reduce_to(per_column.mul_(4.0 * factor).div_(lengthscale), lengthscale.shape)
@@ -149,6 +154,13 @@ class _Stationary(OnColumns):
     @abc.abstractmethod
     def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:
         """Draws from the spectral density at unit lengthscale, shape (*shape, width)."""
+
+
+def inner(p: Tensor, k: Tensor) -> Tensor:
+    """Sum of the elementwise product over the last two axes."""
+    if p.ndim == 2 and p.shape == k.shape:
+        return torch.dot(p.reshape(-1), k.reshape(-1))
+    return (p * k).sum((-2, -1))
 
 
 def _no_extra(p: Tensor) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -157,7 +158,8 @@ class Layout:
         lead, at = theta.shape[:-1], theta.shape[-1] - self.has_mean
         pieces = theta[..., :at].split(self._sizes, -1)
         if self._all_log:
-            pieces = (theta[..., :at].exp() + self._table(theta).lower).split(self._sizes, -1)
+            lower = self._table(theta).lower[: self.dim - self.has_mean]
+            pieces = (theta[..., :at].exp() + lower).split(self._sizes, -1)
         else:
             pieces = [p.constrained(u) for p, u in zip(self.parameters, pieces, strict=True)]
         values = {p.name: v.reshape(lead + p.shape) for p, v in zip(self.parameters, pieces, strict=True)}
@@ -174,21 +176,43 @@ class Layout:
             inner = inner * torch.cat([p.slope(u) for p, u in zip(self.parameters, pieces, strict=True)], -1)
         return torch.cat([inner, mean_grad.unsqueeze(-1)], -1) if self.has_mean else inner
 
-    def penalty(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """`log_prior` at theta (...), and its gradient in theta (..., D): the common priors all in one go."""
-        lead, at = theta.shape[:-1], theta.shape[-1] - self.has_mean
+    def at(self, theta: Tensor) -> Point:
+        """What `unpack`, `log_prior` and `chain` give at theta (..., D), for the common priors all in one go."""
         if not self._all_log or any(type(p.prior) not in (LogNormal, type(None)) for p in self.parameters):
-            values, _ = self.unpack(theta)
-            total, slopes = self.log_prior(values)
-            return total + theta.new_zeros(lead), self.chain(theta, slopes, theta.new_zeros(lead))
-        table, exp = self._table(theta), theta[..., :at].exp()
+            return self._at_any(theta)
+        table, lead = self._table(theta), theta.shape[:-1]
+        exp = theta.exp()
+        if self.has_mean:
+            # the constant mean passes as a value that is 1 and has no prior
+            exp[..., -1:].fill_(1.0)
         value = exp + table.lower
-        log = value.log()
-        z = (log - table.loc) * table.precision
-        # where there is no prior, precision and counted are 0
-        total = ((-0.5 * z * z) - log * table.counted).sum(-1) + table.constant
-        slope = torch.addcmul(table.counted, z, table.precision).neg_() * exp / value
-        return total, torch.nn.functional.pad(slope, (0, 1)) if self.has_mean else slope
+        # log-normal in the value: a square in its log once the square is completed; 0 where there is no prior
+        z = torch.addcmul(table.shift, value.log(), table.precision)
+        log_prior = torch.linalg.vecdot(z, z).mul_(-0.5).add_(table.constant)
+        pieces = value.split_with_sizes(self._sizes_and_mean, -1)
+        values = {
+            p.name: v if len(p.shape) == 1 else v.reshape(lead + p.shape)
+            for p, v in zip(self.parameters, pieces, strict=False)
+        }
+
+        def gradient(grads: Values, by_constant: Tensor) -> Tensor:
+            inner = [
+                grads[p.name] if len(p.shape) == 1 else grads[p.name].reshape((*lead, p.size)) for p in self.parameters
+            ]
+            if self.has_mean:
+                inner.append(by_constant.unsqueeze(-1))
+            return torch.cat(inner, -1).addcdiv_(z.mul_(table.precision), value, value=-1.0).mul_(exp)
+
+        return Point(values, theta[..., -1] if self.has_mean else theta.new_zeros(lead), log_prior, gradient)
+
+    def _at_any(self, theta: Tensor) -> Point:
+        values, constant = self.unpack(theta)
+        total, slopes = self.log_prior(values)
+
+        def gradient(grads: Values, by_constant: Tensor) -> Tensor:
+            return self.chain(theta, {name: grad + slopes[name] for name, grad in grads.items()}, by_constant)
+
+        return Point(values, constant, total + theta.new_zeros(theta.shape[:-1]), gradient)
 
     def log_prior(self, values: Values) -> tuple[Tensor | float, Values]:
         """Sum of log prior densities (...), and their slopes by name."""
@@ -206,6 +230,10 @@ class Layout:
         return [p.size for p in self.parameters]
 
     @functools.cached_property
+    def _sizes_and_mean(self) -> list[int]:
+        return [*self._sizes, 1] if self.has_mean else self._sizes
+
+    @functools.cached_property
     def _all_log(self) -> bool:
         return all(p.is_log for p in self.parameters)
 
@@ -216,28 +244,50 @@ class Layout:
     def _table(self, like: Tensor) -> _Table:
         key = like.dtype, like.device
         if key not in self._tables:
-            self._tables[key] = _table_of(self.parameters, like)
+            self._tables[key] = _table_of(self.parameters, self.has_mean, like)
         return self._tables[key]
 
 
+class Point(NamedTuple):
+    """The hyper-parameters at one theta (..., D).
+
+    Attributes:
+        values: By name, each (..., *shape).
+        constant: The constant mean (...), zero where there is none.
+        log_prior: (...).
+        gradient: From the gradients of a log likelihood in the values and in the constant mean to that of log
+            likelihood plus log prior in theta (..., D); to be called once.
+    """
+
+    values: Values
+    constant: Tensor
+    log_prior: Tensor
+    gradient: Callable[[Values, Tensor], Tensor]
+
+
 class _Table(NamedTuple):
-    """Bounds and log-normal priors of all elements of theta side by side, each (D - has_mean)."""
+    """Bounds and log-normal priors of all elements of theta side by side, each (D).
+
+    With z = shift + precision * log(value), the log density of an element is -z^2 / 2 plus a share of `constant`.
+    """
 
     lower: Tensor
-    loc: Tensor
+    shift: Tensor
     precision: Tensor
-    counted: Tensor
     constant: float
 
 
-def _table_of(parameters: tuple[Parameter, ...], like: Tensor) -> _Table:
+def _table_of(parameters: tuple[Parameter, ...], has_mean: bool, like: Tensor) -> _Table:
     rows, constant = [], 0.0
     for p in parameters:
-        known = p.prior if type(p.prior) is LogNormal else None
-        row = (p.lower, 0.0, 0.0, 0.0) if known is None else (p.lower, known.loc, 1 / known.scale, 1.0)
-        rows += [row] * p.size
-        constant -= 0.0 if known is None else p.size * (math.log(known.scale) + 0.5 * math.log(2 * math.pi))
-    columns = torch.tensor(rows, dtype=like.dtype, device=like.device).reshape(-1, 4).unbind(-1)
+        if type(p.prior) is LogNormal:
+            loc, scale = p.prior.loc, p.prior.scale
+            rows += [(p.lower, scale - loc / scale, 1 / scale)] * p.size
+            constant += p.size * (0.5 * scale**2 - loc - math.log(scale) - 0.5 * math.log(2 * math.pi))
+        else:
+            rows += [(p.lower, 0.0, 0.0)] * p.size
+    rows += [(0.0, 0.0, 0.0)] * has_mean
+    columns = torch.tensor(rows, dtype=like.dtype, device=like.device).reshape(-1, 3).unbind(-1)
     return _Table(*(column.contiguous() for column in columns), constant)
 
 

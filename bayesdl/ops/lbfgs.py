@@ -4,7 +4,13 @@ r"""L-BFGS for a batch of independent problems: every step is one fused evaluati
 
     H = gamma I + [S, gamma Y] [[R^-T (D + gamma Y'Y) R^-1, -R^-T], [-R^-1, 0]] [S, gamma Y]'
 
-with R the upper triangle of S'Y and D its diagonal.
+with R the upper triangle of S'Y and D its diagonal. Where the pairs would take as much memory as H itself,
+D <= 2 history, no pair is forgotten and the recursion that defines H runs on the two matrices in H = M + gamma N:
+
+    M <- V'M V + s s' / s'y,    N <- V'N V,    V = I - y s' / s'y
+
+so that gamma = s'y / y'y is still that of the newest pair: a first scale that stays, as in plain BFGS, costs half as
+many evaluations again on marginal likelihoods.
 
 Each problem has its own step length, found by bracketing the weak Wolfe conditions
 
@@ -14,8 +20,9 @@ so that one problem may be in its third trial step while another is converged. C
 to the objective. Everything is deterministic. The optimiser's own numbers are few and lie on the host in float64,
 whatever the objective's device: each evaluation costs one transfer each way, and no other step touches the device.
 
-References: Byrd, Nocedal, Schnabel (1994), theorem 2.2, for the compact form; Lewis, Overton (2013), "Nonsmooth
-optimization via quasi-Newton methods", for the bracketing.
+References: Byrd, Nocedal, Schnabel (1994), theorem 2.2, for the compact form; Nocedal, Wright (2006), equations 7.16
+to 7.20, for the recursion; Lewis, Overton (2013), "Nonsmooth optimization via quasi-Newton methods", for the
+bracketing.
 """
 
 from __future__ import annotations
@@ -79,7 +86,8 @@ def minimize_lbfgs(
             shorter; it never ends the run.
         theta0: (P D) where each problem starts.
         max_iterations: Accepted steps at most, for each problem.
-        history: How many pairs of steps and gradient changes approximate the curvature.
+        history: How many pairs of steps and gradient changes approximate the curvature; all of them where that takes
+            no more memory, D <= 2 history.
         tolerance_grad: A problem has converged where its largest absolute gradient entry is at most this.
         tolerance_change: A problem has converged where a step changed its value by at most this, relative to the
             larger of its magnitude and 1.
@@ -89,7 +97,7 @@ def minimize_lbfgs(
         ShapeError: `theta0` is not (P D), or the objective returns other shapes.
         SettingError: `max_iterations` or `history` is below 1.
 
-    Cost: O(history (history + D) P) beside each evaluation.
+    Cost: O(history (history + D) P) beside each evaluation, or O(D^2 P) where D <= 2 history.
     """
     if theta0.ndim != 2:
         fail(
@@ -134,9 +142,7 @@ class _Run:
         self.evaluations = 0
         self.iterations = np.zeros(p, dtype=np.int64)
         self.converged = np.zeros(p, dtype=bool)
-        self.s, self.y = np.zeros((p, self.history, d)), np.zeros((p, self.history, d))  # the newest pair first
-        self.used = np.zeros(p, dtype=np.int64)
-        self.gamma = np.ones(p)
+        self.curvature = _Matrix(p, d) if d <= 2 * self.history else _Pairs(p, d, self.history)
         self.active = np.arange(p)
         self.value, self.grad = np.full(p, np.inf), np.zeros((p, d))
         self.trace = np.full((p, self.max_iterations + 1), np.nan)
@@ -175,35 +181,19 @@ class _Run:
     def _new_search(self, rows: Array) -> None:
         """Direction, slope and an open bracket for `rows`."""
         g = self.grad[rows]
-        direction = -self._inverse_hessian_times(g, rows)
+        direction = -self.curvature.times(g, rows)
         slope = (direction * g).sum(-1)
         # A direction that rounding has turned uphill is replaced by steepest descent.
-        bad = ~(slope < 0) | ~np.isfinite(direction).all(-1)
+        bad = ~(slope < 0)  # so is one that is not finite
         if bad.any():
             direction[bad], slope[bad] = -g[bad], -(g[bad] * g[bad]).sum(-1)
-        unscaled = bad | (self.used[rows] == 0)
+            self.curvature.known[rows[bad]] = 0
+        unscaled = self.curvature.known[rows] == 0
         self.direction[rows], self.slope[rows] = direction, slope
         self.t[rows] = np.where(unscaled, np.minimum(1.0 / np.abs(g).sum(-1), 1.0), 1.0)
         self.low[rows], self.high[rows] = 0.0, np.inf
         self.low_value[rows], self.low_slope[rows] = self.value[rows], slope
         self.trials[rows] = 0
-
-    def _inverse_hessian_times(self, g: Array, rows: Array) -> Array:
-        most = int(self.used[rows].max(initial=0))
-        if most == 0:
-            return g.copy()
-        s, y = self.s[rows, :most], self.y[rows, :most]
-        gamma, g = self.gamma[rows][:, None, None], g[:, :, None]
-        # With the newest pair first, R is the lower triangle of S'Y; empty slots get 1 on its diagonal.
-        r = (s @ y.transpose(0, 2, 1)) * np.tri(most)
-        curvature = r.diagonal(0, 1, 2)[:, :, None].copy()
-        if int(self.used[rows].min()) < most:
-            r += np.eye(most) * (curvature == 0)
-        inverse = np.linalg.inv(r)
-        a = inverse @ (s @ g)
-        y_a = y.transpose(0, 2, 1) @ a
-        b = inverse.transpose(0, 2, 1) @ (curvature * a + gamma * (y @ (y_a - g)))
-        return (gamma * (g - y_a) + s.transpose(0, 2, 1) @ b)[:, :, 0]
 
     def step(self) -> None:
         """Try the current step length of every active problem, then accept it, shorten it or lengthen it."""
@@ -266,13 +256,8 @@ class _Run:
         curvature, length = (s * y).sum(-1), (y * y).sum(-1)
         useful = curvature > self.eps * length
         kept = rows[useful]
-        if kept.size == 0:
-            return
-        for pairs, newest in ((self.s, s), (self.y, y)):
-            pairs[kept, 1:] = pairs[kept, :-1]
-            pairs[kept, 0] = newest[useful]
-        self.used[kept] = np.minimum(self.used[kept] + 1, self.history)
-        self.gamma[kept] = curvature[useful] / length[useful]
+        if kept.size > 0:
+            self.curvature.add(kept, s[useful], y[useful], curvature[useful], length[useful])
 
     def result(self) -> LBFGSResult:
         """The final state, with the trace cut to the longest run."""
@@ -280,3 +265,77 @@ class _Run:
         theta, value, grad, iterations = (self.back(v) for v in (self.theta, self.value, self.grad, self.iterations))
         trace = self.back(self.trace[:, :longest])
         return LBFGSResult(theta, value, grad, iterations, self.evaluations, self.back(self.converged), trace)
+
+
+class _Matrix:
+    """The inverse Hessian H of each problem, whole, and how many pairs went into it."""
+
+    def __init__(self, p: int, d: int) -> None:
+        self.parts = np.zeros((p, 2, d, d))  # M and N
+        self.h = np.zeros((p, d, d))
+        self.eye = np.eye(d)
+        self.known = np.zeros(p, dtype=np.int64)
+
+    def times(self, g: Array, rows: Array) -> Array:
+        """H g for the problems `rows`."""
+        product = (self.h[rows] @ g[:, :, None])[:, :, 0]
+        new = self.known[rows] == 0
+        if new.any():
+            product[new] = g[new]
+        return product
+
+    def add(self, rows: Array, s: Array, y: Array, curvature: Array, length: Array) -> None:
+        """One pair more for each of `rows`, with s'y and y'y."""
+        new = rows[self.known[rows] == 0]
+        if new.size > 0:
+            self.parts[new, 0], self.parts[new, 1] = 0.0, self.eye
+        parts, rho = self.parts[rows], (1.0 / curvature)[:, None, None]
+        xy = (parts @ y[:, None, :, None])[:, :, :, 0]
+        bend = xy @ y[:, :, None] * rho
+        bend[:, 0] += 1.0
+        # V'X V = X + s w' + w s'; the same for both matrices, but that M gains s s' / s'y
+        w = (0.5 * bend * s[:, None, :] - xy) * rho
+        change = s[:, None, :, None] * w[:, :, None, :]
+        parts += change
+        parts += change.transpose(0, 1, 3, 2)
+        self.parts[rows] = parts
+        self.h[rows] = parts[:, 0] + (curvature / length)[:, None, None] * parts[:, 1]
+        self.known[rows] += 1
+
+
+class _Pairs:
+    """The last pairs (s, y) of each problem, the newest first, and how many there are."""
+
+    def __init__(self, p: int, d: int, history: int) -> None:
+        self.s, self.y = np.zeros((p, history, d)), np.zeros((p, history, d))
+        self.gamma = np.ones(p)
+        self.known = np.zeros(p, dtype=np.int64)
+
+    def times(self, g: Array, rows: Array) -> Array:
+        """H g for the problems `rows`."""
+        most = int(self.known[rows].max(initial=0))
+        if most == 0:
+            return g.copy()
+        s, y = self.s[rows, :most], self.y[rows, :most]
+        old = np.arange(most) >= self.known[rows][:, None]
+        if old.any():
+            s[old], y[old] = 0.0, 0.0
+        gamma, g = np.where(self.known[rows] == 0, 1.0, self.gamma[rows])[:, None, None], g[:, :, None]
+        # With the newest pair first, R is the lower triangle of S'Y; empty slots get 1 on its diagonal.
+        r = (s @ y.transpose(0, 2, 1)) * np.tri(most)
+        curvature = r.diagonal(0, 1, 2)[:, :, None].copy()
+        if int(self.known[rows].min()) < most:
+            r += np.eye(most) * (curvature == 0)
+        inverse = np.linalg.inv(r)
+        a = inverse @ (s @ g)
+        y_a = y.transpose(0, 2, 1) @ a
+        b = inverse.transpose(0, 2, 1) @ (curvature * a + gamma * (y @ (y_a - g)))
+        return (gamma * (g - y_a) + s.transpose(0, 2, 1) @ b)[:, :, 0]
+
+    def add(self, rows: Array, s: Array, y: Array, curvature: Array, length: Array) -> None:
+        """One pair more for each of `rows`, with s'y and y'y, in place of the oldest."""
+        for pairs, newest in ((self.s, s), (self.y, y)):
+            pairs[rows, 1:] = pairs[rows, :-1]
+            pairs[rows, 0] = newest
+        self.known[rows] = np.minimum(self.known[rows] + 1, self.s.shape[1])
+        self.gamma[rows] = curvature / length

@@ -30,7 +30,7 @@ def in_parallel(work: Callable[[int], Result], workers: int) -> list[Result]:
         # Counts for this thread, and for threads that begin while it runs: so it is put back at the end.
         torch.set_num_threads(1)
         try:
-            with torch.set_grad_enabled(grad):
+            with torch.enable_grad() if grad else torch.no_grad():
                 return work(worker)
         finally:
             torch.set_num_threads(threads)

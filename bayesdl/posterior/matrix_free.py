@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -24,73 +24,20 @@ from bayesdl.distributions import Normal
 from bayesdl.errors import ConvergenceWarning, SettingError, ShapeError, fail
 from bayesdl.kernels.tiles import tiles_of
 from bayesdl.ops.products import cross_covariance, cross_product
-from bayesdl.ops.solver import LinearSystem, SolverConfig, linear_system, log_evidence
+from bayesdl.ops.solver import LinearSystem, SolverConfig, linear_system
+from bayesdl.posterior._pathwise import NUM_FEATURES, evaluate, prior_draws
+from bayesdl.posterior._solved import (
+    MatrixFreeState,
+    condition_matrix_free,
+    problems_of,
+    summary,
+    total_evidence,
+)
 from bayesdl.posterior.base import Functions, Posterior
-from bayesdl.posterior.closed_form import _root, evidence_in_units
+from bayesdl.posterior.closed_form import _root
 
-_FEATURE_BYTES = 2**26
-_NUM_FEATURES = 1024
+_POINTS = 4096  # whose draws are squared and summed together
 _EPS = torch.finfo(torch.float64).eps
-
-
-class MatrixFreeState(NamedTuple):
-    """What the posterior of one problem needs to know of its data.
-
-    Attributes:
-        x: (n d) inputs in the model's units.
-        residual: (n) targets minus the prior mean.
-        alpha: (n) A^{-1} residual.
-        pivots: Columns of the preconditioner.
-    """
-
-    x: Tensor
-    residual: Tensor
-    alpha: Tensor
-    pivots: ops.Pivots
-
-
-class Solved(NamedTuple):
-    """A conditioned problem: its state, its log evidence () or None, and what the solver reports."""
-
-    state: MatrixFreeState
-    evidence: Tensor | None
-    report: dict[str, float]
-
-
-def condition_matrix_free(
-    kernel: Any,
-    params: dict[str, Tensor],
-    noise_variance: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    config: SolverConfig,
-    *,
-    seed: int,
-    memory: int,
-    start: Tensor | None = None,
-) -> Solved:
-    """Solve for alpha, and estimate the evidence, of one problem: x (n d), residual (n), no batch axes anywhere.
-
-    Cost: n^2 / 2 kernel evaluations for each step of the solve and of the quadrature.
-    """
-    g = torch.Generator(x.device).manual_seed(seed)
-    system = linear_system(tiles_of(kernel, params), x, noise_variance, config, generator=g)
-    first = None if start is None else start.unsqueeze(-1)
-    solved = system.solve(residual.unsqueeze(-1), config.tolerance, first)
-    alpha = solved.solution.squeeze(-1)
-    report = {
-        "iterations": int(solved.iterations.max()),
-        "residual": float(solved.residual.max()),
-        "solver_converged": bool(solved.converged.all()),
-        "preconditioner_rank": system.preconditioner.rank,
-    }
-    evidence = None
-    if config.num_probes > 0:
-        found = log_evidence(system, residual, solved, config, g, memory=memory // 4)
-        evidence = found.value
-        report["log_det_std_error"] = 2 * float(found.std_error)
-        report["lanczos_steps"] = found.steps
-    return Solved(MatrixFreeState(x, residual, alpha, system.preconditioner.pivots), evidence, report)
 
 
 @final
@@ -130,7 +77,7 @@ class MatrixFreeGPPosterior(Posterior):
         self._memory = memory
         # built when first asked for, always from the same pivots and the same seed
         self._systems: dict[int, LinearSystem] = {}
-        self._deviations: dict[int, tuple[Functions, Tensor]] = {}
+        self._deviations: dict[int, list[tuple[Functions, Tensor]]] = {}
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
@@ -195,7 +142,7 @@ class MatrixFreeGPPosterior(Posterior):
         draws = (mean + (root @ z).squeeze(-1)).movedim(-2, -1)
         return self._squeeze(self._units.outward(draws))
 
-    def functions(self, num: int, *, seed: Seed = 0, num_features: int = _NUM_FEATURES) -> Functions:
+    def functions(self, num: int, *, seed: Seed = 0, num_features: int = NUM_FEATURES) -> Functions:
         """Pathwise draws; see `Posterior.functions`. `num_features` random features make up each prior function."""
         g = generator(seed, self._data.x.device)
         drawn = [self._function(problem, num, num_features, g) for problem in range(len(self._states))]
@@ -206,7 +153,7 @@ class MatrixFreeGPPosterior(Posterior):
             def values(problem: int, points: Tensor) -> Tensor:
                 prior, weights = drawn[problem]
                 flat = points.flatten(0, 1)
-                f = prior(flat).mT + self._against(problem, flat, weights)
+                f = evaluate(prior, flat, num * num_features) + self._against(problem, flat, weights)
                 f = f + self._prior_mean(problem, flat).unsqueeze(-1)
                 return f.unflatten(0, points.shape[:2])
 
@@ -315,15 +262,34 @@ class MatrixFreeGPPosterior(Posterior):
     def _sampled_variance(self, problem: int, points: Tensor) -> Tensor:
         """Mean square (s) of pathwise draws about the posterior mean, the same draws for all points."""
         if problem not in self._deviations:
-            g = torch.Generator(points.device).manual_seed(self._seed)
-            num = self._config.variance_samples
-            self._deviations[problem] = self._function(problem, num, _NUM_FEATURES, g, centred=True)
-        prior, weights = self._deviations[problem]
-        rows = max(1, _FEATURE_BYTES // (8 * weights.shape[-1] * _NUM_FEATURES))
-        parts = [
-            (prior(part).mT + self._against(problem, part, weights)).square().mean(-1) for part in points.split(rows)
-        ]
-        return torch.cat(parts)
+            self._deviations[problem] = self._centred_draws(problem)
+        drawn = self._deviations[problem]
+        num = sum(weights.shape[-1] for _, weights in drawn)
+
+        def total(part: Tensor) -> Tensor:
+            squares = torch.zeros_like(part[:, 0])
+            for f, w in drawn:
+                values = evaluate(f, part, w.shape[-1] * NUM_FEATURES) + self._against(problem, part, w)
+                squares = squares + values.square().sum(-1)
+            return squares
+
+        return torch.cat([total(part) for part in points.split(_POINTS)]) / num
+
+    def _centred_draws(self, problem: int) -> list[tuple[Functions, Tensor]]:
+        """`variance_samples` draws about the mean; a pathwise fit's own draws go first, from where its solves ended.
+
+        Those are kept all, also where fewer are asked for.
+        """
+        state, wanted = self._states[problem], self._config.variance_samples
+        reused = state.first.shape[-1]
+        # the stream that a fit takes its draws from, so that these are the same functions
+        g = torch.Generator(state.x.device).manual_seed(self._seed + 1 if reused else self._seed)
+        drawn = []
+        if reused:
+            drawn.append(self._function(problem, reused, NUM_FEATURES, g, centred=True, start=-state.first))
+        if wanted > reused:
+            drawn.append(self._function(problem, wanted - reused, NUM_FEATURES, g, centred=True))
+        return drawn
 
     def _explained(self, problem: int, points: Tensor) -> Tensor:
         """k' A^{-1} k (s), differentiable once in the points."""
@@ -346,21 +312,25 @@ class MatrixFreeGPPosterior(Posterior):
         return mean, _root(0.5 * (covariance + covariance.mT))
 
     def _function(
-        self, problem: int, num: int, num_features: int, g: torch.Generator, *, centred: bool = False
+        self,
+        problem: int,
+        num: int,
+        num_features: int,
+        g: torch.Generator,
+        *,
+        centred: bool = False,
+        start: Tensor | None = None,
     ) -> tuple[Functions, Tensor]:
         """A prior function for each draw, and the weights (n num) of its exact update; `centred`: without the mean."""
-        state = self._states[problem]
-        n, d = state.x.shape
-        prior = self._model.kernel.sample_functions(d, num, num_features, self._kernel_values(problem), g)
-        noise = torch.randn((n, num), generator=g, dtype=torch.float64, device=state.x.device)
-        rows = max(1, _FEATURE_BYTES // (8 * num * num_features))
-        with torch.no_grad():
-            at_data = torch.cat([prior(part).mT for part in state.x.split(rows)])
-        gap = -at_data - noise * self._noise(problem).sqrt()
-        gap = gap if centred else gap + state.residual.unsqueeze(-1)
-        parts = gap.split(self._columns(), -1)
+        state, kernel = self._states[problem], self._model.kernel
+        params, noise = self._kernel_values(problem), self._noise(problem)
+        prior, z = prior_draws(kernel, params, noise, state.x, num, g, num_features=num_features)
+        gap = -z if centred else state.residual.unsqueeze(-1) - z
         tolerance = self._config.variance_tolerance if centred else self._config.tolerance
-        weights = [self._solve(problem, part, tolerance).solution for part in parts]
+        parts = gap.split(self._columns(), -1)
+        starts = [None] * len(parts) if start is None else start.split(self._columns(), -1)
+        pairs = zip(parts, starts, strict=True)
+        weights = [self._solve(problem, part, tolerance, begin).solution for part, begin in pairs]
         return prior, torch.cat(weights, -1)
 
     def _against(self, problem: int, points: Tensor, weights: Tensor) -> Tensor:
@@ -377,9 +347,9 @@ class MatrixFreeGPPosterior(Posterior):
             return self._model.kernel(state.x, points, params)
         return cross_covariance(tiles_of(self._model.kernel, params), state.x, points)
 
-    def _solve(self, problem: int, b: Tensor, tolerance: float) -> ops.CGResult:
+    def _solve(self, problem: int, b: Tensor, tolerance: float, start: Tensor | None = None) -> ops.CGResult:
         with torch.no_grad():
-            solved = self._system(problem).solve(b, tolerance)
+            solved = self._system(problem).solve(b, tolerance, start)
         if not bool(solved.converged.all()):
             message = (
                 f"{type(self).__name__}: {int((~solved.converged).sum())} of {b.shape[-1]} solves ended at a relative "
@@ -417,7 +387,7 @@ class MatrixFreeGPPosterior(Posterior):
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"value.{name}": v for name, v in self._values.items()} | {"constant": self._constant}
         for i, state in enumerate(self._states):
-            tensors[f"alpha.{i}"], tensors[f"residual.{i}"] = state.alpha, state.residual
+            tensors |= {f"{name}.{i}": getattr(state, name) for name in ("alpha", "residual", "first")}
             tensors |= {f"pivots.{i}.{name}": v for name, v in state.pivots._asdict().items()}
         settings = {name: getattr(self._config, name) for name in SolverConfig.__dataclass_fields__}
         return tensors, {"solver": settings, "solver_seed": self._seed, "solver_memory": self._memory}
@@ -430,7 +400,8 @@ class MatrixFreeGPPosterior(Posterior):
         states = []
         for i, (x, _) in enumerate(problems_of(shared["data"], shared["units"])):
             pivots = ops.Pivots(*(tensors[f"pivots.{i}.{name}"] for name in ops.Pivots._fields))
-            states.append(MatrixFreeState(x, tensors[f"residual.{i}"], tensors[f"alpha.{i}"], pivots))
+            residual, alpha, first = (tensors[f"{name}.{i}"] for name in ("residual", "alpha", "first"))
+            states.append(MatrixFreeState(x, residual, alpha, pivots, first))
         return cls(
             **shared,
             values=values,
@@ -447,32 +418,3 @@ class MatrixFreeGPPosterior(Posterior):
         noise = self._values["noise_variance"].sqrt() * self._units.y_scale.squeeze(-2)
         log_likelihood = torch.distributions.Normal(draws, self._squeeze(noise.unsqueeze(-2)).to(draws)).log_prob(y)
         return {"posterior": {"f": draws}, "observed_data": {"y": y}, "log_likelihood": {"y": log_likelihood}}
-
-
-def problems_of(data: TrainingData, units: Units) -> list[tuple[Tensor, Tensor]]:
-    """Inputs (n d) and targets (n) in the model's units, one pair a data set and output."""
-    x = units.inward_x(data.x, torch.float64).reshape(-1, *data.x.shape[-2:])
-    y = units.inward_y(data.y, torch.float64).movedim(-1, -2)
-    k = data.y.shape[-1]
-    return [(x[i // k], targets) for i, targets in enumerate(y.reshape(-1, y.shape[-1]))]
-
-
-def summary(solved: list[Solved], where: str) -> dict[str, Any]:
-    """The worst of every figure over the problems, with a warning where a solve did not converge."""
-    report: dict[str, Any] = {"method": "matrix_free"}
-    for name in solved[0].report:
-        figures = [s.report[name] for s in solved]
-        report[name] = min(figures) if name in ("solver_converged", "preconditioner_rank") else max(figures)
-    if not report["solver_converged"]:
-        message = f"{where}: a solve ended at a relative residual of {report['residual']:.1e}; raise max_iterations"
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)
-    return report
-
-
-def total_evidence(solved: list[Solved], units: Units, n: int) -> Tensor | None:
-    """log p(y) in the user's units, shape *b; None without probes."""
-    if solved[0].evidence is None:
-        return None
-    each = torch.stack([s.evidence for s in solved])
-    shape = units.y_scale.squeeze(-2).shape
-    return evidence_in_units(each.reshape(shape), units, n)

@@ -8,7 +8,7 @@ from scipy import integrate, stats
 from torch.distributions import Distribution, constraints
 
 from bayesdl import evaluation as ev
-from bayesdl.distributions import Bernoulli, Categorical, Empirical, GaussianMixture, Normal
+from bayesdl.distributions import Bernoulli, Categorical, Empirical, GaussianMixture, Normal, StudentT
 from bayesdl.errors import DataError, SettingError, ShapeError
 
 
@@ -63,6 +63,37 @@ def test_crps_of_a_normal_has_its_closed_form(loc, scale, y, want):
 def test_crps_of_anything_with_cdf_and_quantile(frozen, want):
     """Heavy tails cost accuracy: 1e-7 in probability is cut off on each side."""
     assert float(ev.crps(Judged(frozen), [0.7])) == pytest.approx(want, rel=2e-6)
+
+
+def student(dof, loc, scale):
+    return StudentT(*(torch.tensor([v], dtype=torch.float64) for v in (dof, loc, scale)))
+
+
+@pytest.mark.parametrize("y", [-8.0, 0.7, 0.9, 40.0])
+@pytest.mark.parametrize("dof", [0.8, 1.0 - 2e-5, 1.0, 1.0 + 4e-5, 1.7, 5.0, 98.0, 102.0, 3e6])
+def test_crps_of_a_student_t_is_the_integral(dof, y):
+    """SciPy's quadrature, the tails in a logarithmic variable; near dof = 1 the closed form has a removable pole."""
+    loc, scale = 0.7, 0.3
+    judge, z = stats.t(dof), (y - loc) / scale
+
+    def tail(start):  # int of P(T > v)^2 above `start` > 0
+        return integrate.quad(lambda s: judge.sf(np.exp(s)) ** 2 * np.exp(s), np.log(start), 80, limit=800)[0]
+
+    def upper(start):
+        near = integrate.quad(lambda v: judge.sf(v) ** 2, start, 3.0, limit=400, epsabs=1e-13)[0] if start < 3 else 0.0
+        return near + tail(max(start, 3.0))
+
+    want = scale * (upper(z) + upper(-z))
+    assert float(ev.crps(student(dof, loc, scale), [y])) == pytest.approx(want, rel=1e-8)
+
+
+def test_crps_of_a_student_t_has_gradients_and_is_infinite_without_enough_degrees_of_freedom():
+    loc, scale = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (0.7, 0.3))
+    dof = torch.tensor([4.2], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda m, s: ev.crps(StudentT(dof, m, s), [1.9]), (loc, scale))
+    assert float(ev.crps(student(0.5, 0.0, 1.0), [0.3])) == float("inf")
+    one = StudentT(torch.tensor([3.0]), torch.tensor([0.0]), torch.tensor([2.0]))
+    assert ev.crps(one, [0.3]).dtype == torch.float32
 
 
 def test_crps_by_quadrature_holds_far_outside_the_predictive():

@@ -15,7 +15,7 @@ from bayesdl.testing import check_engine
 
 
 def small(model: bdl.BNN) -> bdl.NUTS:
-    return bdl.NUTS(model, num_chains=2, num_warmup=20, num_draws=10, max_depth=3)
+    return bdl.NUTS(model, num_chains=2, num_warmup=10, num_draws=6, max_depth=2)
 
 
 @pytest.mark.parametrize(

@@ -107,14 +107,21 @@ PLAIN = Layout(
 
 @pytest.mark.parametrize("layout", [LAYOUT, WIDE, PLAIN], ids=["positive", "of any sign and bounded", "log-normal"])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
-def test_the_penalty_is_the_log_prior_and_its_gradient(layout, batch):
+def test_one_pass_gives_the_values_the_log_prior_and_the_gradient_of_both(layout, batch):
     theta = (0.7 * toy_theta(*batch, layout=layout)).requires_grad_()
-    values, _ = layout.unpack(theta)
+    values, constant = layout.unpack(theta)
     total, _ = layout.log_prior(values)
-    (wanted,) = torch.autograd.grad(total.sum(), theta)
-    got, gradient = layout.penalty(theta.detach())
-    assert got.shape == batch
-    torch.testing.assert_close(got, total.detach(), rtol=1e-12, atol=1e-12)
+    g = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(v.shape, generator=g, dtype=F64) for name, v in values.items()}
+    likelihood = sum((weights[name] * v).sum() for name, v in values.items()) + 2 * constant.sum()
+    (wanted,) = torch.autograd.grad(total.sum() + likelihood, theta)
+    point = layout.at(theta.detach())
+    for name, value in values.items():
+        torch.testing.assert_close(point.values[name], value.detach(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(point.constant, constant.detach(), rtol=0, atol=0)
+    assert point.log_prior.shape == batch
+    torch.testing.assert_close(point.log_prior, total.detach(), rtol=1e-12, atol=1e-12)
+    gradient = point.gradient(weights, torch.full(batch, 2.0, dtype=F64))
     torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
 
 

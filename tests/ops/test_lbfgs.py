@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 from bayesdl import ops
 from bayesdl.errors import SettingError, ShapeError
 from bayesdl.kernels import Matern, Scale
+from bayesdl.ops.lbfgs import _Matrix, _Pairs
 
 
 def _autograd(fn):
@@ -54,21 +55,52 @@ def test_quadratics_are_solved_to_their_minima():
     torch.testing.assert_close(result.theta, minimum, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("d", [2, 5])
-def test_rosenbrock_is_solved_in_about_as_many_evaluations_as_scipy(d):
+@pytest.mark.parametrize(("d", "history"), [(2, 10), (5, 10), (5, 2)], ids=["2, all", "5, all", "5, the last 2"])
+def test_rosenbrock_is_solved_in_about_as_many_evaluations_as_scipy(d, history):
     start = torch.tensor([-1.2, 1.0, -0.5, 0.8, 1.7], dtype=torch.float64)[:d]
     objective = _autograd(_rosenbrock)
-    result = ops.minimize_lbfgs(objective, start[None], tolerance_grad=1e-6, tolerance_change=1e-15, max_iterations=300)
+    result = ops.minimize_lbfgs(
+        objective, start[None], history=history, tolerance_grad=1e-6, tolerance_change=1e-15, max_iterations=300
+    )
 
     def numpy_objective(theta):
         value, grad = objective(torch.from_numpy(theta)[None], torch.zeros(1, dtype=torch.long))
         return float(value), grad[0].numpy()
 
-    options = {"gtol": 1e-6, "ftol": 1e-15, "maxiter": 300}
+    options = {"gtol": 1e-6, "ftol": 1e-15, "maxiter": 300, "maxcor": history}
     theirs = minimize(numpy_objective, start.numpy(), jac=True, method="L-BFGS-B", options=options)
     torch.testing.assert_close(result.theta[0], torch.ones(d, dtype=torch.float64), rtol=1e-5, atol=1e-5)
     assert float(result.value[0]) == pytest.approx(theirs.fun, abs=1e-9)
     assert result.evaluations <= 2 * theirs.nfev
+
+
+@pytest.mark.parametrize("kept", [3, None], ids=["the last 3 pairs", "all pairs"])
+def test_the_inverse_hessian_is_that_of_the_textbooks_recursion(kept):
+    """H = V'H V + s s' / s'y, pair by pair from the newest s'y / y'y, for problems that know 0 to 6 pairs; another
+    forgets all that it knew after 2 of its 5."""
+    d, counts, forgotten = 4, [0, 1, 2, 6, 5], 2
+    memory = _Matrix(5, d) if kept is None else _Pairs(5, d, kept)
+    rng = np.random.default_rng(3)
+    pairs = [[] for _ in counts]
+    for step in range(max(counts)):
+        rows = np.array([i for i, count in enumerate(counts) if step < count])
+        s = rng.standard_normal((rows.size, d))
+        y = s * rng.uniform(0.5, 5.0, (rows.size, d)) + 0.05 * s.sum(-1, keepdims=True)
+        if step == forgotten:
+            memory.known[4] = 0
+            pairs[4].clear()
+        memory.add(rows, s, y, (s * y).sum(-1), (y * y).sum(-1))
+        for row, pair in zip(rows, zip(s, y, strict=True), strict=True):
+            pairs[row].append(pair)
+    g = rng.standard_normal((5, d))
+    got = memory.times(g, np.arange(5))
+    for row, known in enumerate(pairs):
+        newest = known[-1] if known else (np.ones(1), np.ones(1))
+        h = np.eye(d) * (newest[0] @ newest[1]) / (newest[1] @ newest[1])
+        for s, y in known[-(kept or len(known)) :] if known else ():
+            v = np.eye(d) - np.outer(y, s) / (s @ y)
+            h = v.T @ h @ v + np.outer(s, s) / (s @ y)
+        np.testing.assert_allclose(got[row], h @ g[row], rtol=1e-9, atol=1e-9)
 
 
 def test_gp_likelihoods_reach_scipys_optimum():
