@@ -6,7 +6,8 @@
 
 `protein` (45 730 points, 9 features; first of the published splits, 90 % for training) learns the hyper-parameters of a
 Matern 3/2 and scores the test part in the original units, beside `SparseGP` with 1000 inducing points. The noise
-variance is kept above 1 % of the variance of y in both, which bounds the condition of the kernel matrix. Variances of
+variance is kept above 5 % of the variance of y in both, which bounds the condition of the kernel matrix: a random
+subset would take less, since rows that nearly repeat are rare in it. Variances of
 the matrix-free posterior come from 128 shared pathwise draws (relative standard error of a variance 12 %, which moves
 the NLPD by less than 0.004 on average); the means are exact to the solver's tolerance.
 
@@ -97,17 +98,20 @@ def protein_row(engine: str, num_train: int | None, device: str, scratch: Path) 
 
 
 def _engine(name: str, checkpoint: str) -> Any:
-    likelihood = bdl.Gaussian(noise_variance=0.2, lower=0.01)
+    likelihood = bdl.Gaussian(noise_variance=0.2, lower=0.05)
     gp = bdl.GP(bdl.kernels.Scale(bdl.kernels.Matern(nu=1.5)), likelihood=likelihood)
     if name == "sparse":
-        return bdl.SparseGP(gp, num_inducing=1000, num_steps=100)
+        return bdl.SparseGP(gp, num_inducing=1000, num_steps=40)
     config = SolverConfig(
         rank=1000,
-        tolerance=1e-4,
-        variance_tolerance=1e-2,
+        tolerance=1e-3,
+        variance_tolerance=3e-2,
         variance_samples=128,
-        training_tolerance=3e-2,
-        num_steps=8,
+        training_tolerance=0.1,
+        subset_size=3000,
+        num_steps=4,
+        num_probes=8,
+        lanczos_steps=30,
         learning_rate=0.1,
         checkpoint=checkpoint,
     )
