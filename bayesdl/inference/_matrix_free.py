@@ -63,8 +63,7 @@ def choose(solver: str | SolverConfig, memory: int | None, data: TrainingData) -
     problems = data.batch_shape.numel() * data.y.shape[-1]
     budget = default_memory(data.x.device) if memory is None else memory
     config = solver if isinstance(solver, SolverConfig) else SolverConfig()
-    # the search works through large problems one by one; the states of all of them are kept
-    dense = 8 * n * n * max(_DENSE_MATRICES, 3 * problems)
+    dense = dense_bytes(data)
     free = memory_needed(n, d, 16, config) + 8 * n * (d + 2) * problems
     method = solver if solver in ("dense", "matrix_free") else "matrix_free"
     if solver == "auto":
@@ -76,6 +75,24 @@ def choose(solver: str | SolverConfig, memory: int | None, data: TrainingData) -
         other = "solver='matrix_free'" if free <= budget else "a SolverConfig of smaller rank, or bdl.SparseGP"
         fail(SettingError, "ExactGP.fit", wanted, got=got, fix=f"{other}, or memory=... in bytes")
     return Choice(method, budget, needed, config)
+
+
+def dense_bytes(data: TrainingData) -> int:
+    """Bytes of the kernel matrices that a dense fit holds at once.
+
+    The search works through large problems one by one; the states of all of them are kept.
+    """
+    n, problems = data.x.shape[-2], data.batch_shape.numel() * data.y.shape[-1]
+    return 8 * n * n * max(_DENSE_MATRICES, 3 * problems)
+
+
+def check_dense(where: str, data: TrainingData) -> None:
+    """Refuse data whose kernel matrices would not fit, for an engine that has no other way."""
+    needed, budget = dense_bytes(data), default_memory(data.x.device)
+    if needed > budget:
+        wanted = f"{data.x.shape[-2]} points must fit the memory budget of {budget / 2**30:.3g} GiB."
+        fix = "fit fewer rows, or use bdl.SparseGP or bdl.ExactGP, which need no whole matrix"
+        fail(SettingError, where, wanted, got=f"about {needed / 2**30:.3g} GiB of kernel matrices", fix=fix)
 
 
 def default_memory(device: torch.device) -> int:

@@ -26,6 +26,7 @@ from bayesdl.data import training_data, units_of
 from bayesdl.errors import SettingError, fail
 from bayesdl.inference._evidence import Evidence, Search, maximise_evidence
 from bayesdl.inference._inducing import InducingSettings, InverseGammaParams, check_settings, fit_inducing
+from bayesdl.inference._matrix_free import check_dense
 from bayesdl.inference._scale_evidence import FixedNoiseEvidence, dense_state, scaled_energy, with_shapes
 from bayesdl.models import GP
 from bayesdl.posterior import FixedNoiseMixturePosterior, GPPosterior, InducingPosterior, ScaleMixturePosterior
@@ -107,6 +108,7 @@ class ScaleMixture:
         Raises:
             ShapeError, DataError, DtypeError, DeviceError: The data cannot be used.
             NumericalError: No jitter makes the kernel matrix positive definite, or p(v | y) is not proper.
+            SettingError: The kernel matrices would take more than half of the device's memory.
 
         Warns:
             NumericalWarning: The kernel matrix needed jitter, or few draws of importance sampling count.
@@ -120,6 +122,7 @@ class ScaleMixture:
         if self._is_classifier():
             prior = InverseGammaParams(self._prior().concentration, self._prior().rate)
             return fit_inducing("ScaleMixture.fit", self.model, data, self._inducing(), scale_prior=prior, seed=seed)
+        check_dense("ScaleMixture.fit", data)
         units = units_of(data, standardize=self.standardize)
         inner_x = units.inward_x(data.x, torch.float64)
         inner_y = units.inward_y(data.y, torch.float64).movedim(-1, -2)  # (*b, k, n)

@@ -350,3 +350,10 @@ def test_an_own_density_that_is_no_density_is_refused():
         plain(toy_gp(), lambda v: 3.0 * v.log()).fit(x, y)
     with pytest.raises(bdl.errors.NumericalError, match="finite and above 0"):
         plain(toy_gp(), lambda v: v * math.nan).fit(x, y)
+
+
+def test_more_points_than_memory_holds_are_refused_at_the_door():
+    """Half a million rows would need eight terabytes; nothing of it is allocated before the error."""
+    x = torch.zeros(500_000, 1, dtype=torch.float64)
+    with pytest.raises(SettingError, match=r"memory budget.*\n.*\n.*bdl\.SparseGP"):
+        bdl.ScaleMixture(bdl.GP(bdl.kernels.RBF())).fit(x, x.squeeze(-1) + torch.arange(500_000))
