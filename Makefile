@@ -1,4 +1,4 @@
-# make demo     set everything up and compare four methods on real data
+# make demo     set everything up and compare five methods on real data
 # make test     set everything up and run the tests
 # make install  the virtual environment .venv alone
 # Others: lint, format, test-all (slow tests too), docs, bench, clean, help.

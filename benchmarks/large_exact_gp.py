@@ -46,7 +46,7 @@ from bayesdl.ops import SolverConfig
 RESULTS = Path(__file__).parent / "results"
 PROTEIN = RESULTS / "large_exact_gp_protein.csv"
 CURVE = RESULTS / "large_exact_gp_curve.csv"
-PICTURE = RESULTS / "large_exact_gp.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "large_exact_gp.png"
 SIZES = (1000, 3162, 10_000, 31_623, 100_000, 316_228, 1_000_000)
 WITH_VARIANCE_UP_TO = 100_000
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bayesdl.samplers import chees, hmc, nuts
+from bayesdl.samplers import chees, cyclical, hmc, nuts, sghmc, sgld
 from bayesdl.samplers.base import LogDensityFn, Run, summarize
 
-__all__ = ["LogDensityFn", "Run", "chees", "hmc", "nuts", "summarize"]
+__all__ = ["LogDensityFn", "Run", "chees", "cyclical", "hmc", "nuts", "sghmc", "sgld", "summarize"]
