@@ -29,7 +29,6 @@ import argparse
 import csv
 import math
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from machine import describe
+from machine import describe, peak_memory
 from torch import Tensor
 
 import bayesdl as bdl
@@ -424,9 +423,9 @@ def peak_of(case: str, side: str) -> None:
     call(1, 20)()
     batch, n, _ = MEMORY_CASES[case]
     run = call(batch, n)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak_memory() - before)
 
 
 def timed(what: str, batch: int, n: int, case: str, sides: dict[str, Run], args: argparse.Namespace) -> dict[str, Any]:

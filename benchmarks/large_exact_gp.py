@@ -27,7 +27,6 @@ import argparse
 import csv
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, peak_memory
 
 import bayesdl as bdl
 from bayesdl.evaluation.compare import evaluate
@@ -228,7 +227,7 @@ def main() -> None:
             row = protein_row(which, args.train, args.device, args.scratch)
         else:
             row = curve_row(int(which), args.device)
-        row["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+        row["peak_memory_mb"] = round(peak_memory() * 1.048576)
         if args.device != "cpu":
             row["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
         print(json.dumps({**row, "device": name, **describe()}))

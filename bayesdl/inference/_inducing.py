@@ -20,22 +20,18 @@ import torch
 from torch import Tensor
 
 from bayesdl import _checks, ops
-from bayesdl._random import Seed, child_seeds, generator
+from bayesdl._random import Seed, child_seeds
 from bayesdl.data import TrainingData, Units, class_labels, units_of
 from bayesdl.errors import NumericalError, NumericalWarning, SettingError, ShapeError, fail
 from bayesdl.inference._bounds import JITTER, Collapsed, InducingProblem, Point, Variational, inducing_sums, read_point
-from bayesdl.inference._evidence import Evidence, Search, maximise_evidence
 from bayesdl.inference._fitting import warn_unless
+from bayesdl.inference._inducing_start import best_starting_vector, starting_vector, warm_start
 from bayesdl.inference._natural_gradients import InverseGammaParams, Stochastic, optimise
 from bayesdl.models import GP
 from bayesdl.posterior.closed_form import evidence_in_units
 from bayesdl.posterior.inducing import InducingPosterior
 
 __all__ = ["InducingSettings", "InverseGammaParams", "check_settings", "fit_inducing"]
-
-_SUBSET = 500  # rows of the dense fit that regression starts from
-_WARM_ROWS, _WARM_STEPS = 2000, 20
-_CANDIDATES = 10_000  # rows among which inducing points are chosen
 
 
 class InducingSettings(NamedTuple):
@@ -121,13 +117,16 @@ def fit_inducing(
     problem = _problem(model, data, units)
     engine = where.partition(".")[0]
     value_seed, input_seed, run_seed = child_seeds(seed, 3)
-    theta = _starting_values(problem, settings, value_seed)
-    z = _starting_inputs(problem, theta, settings.num_inducing, input_seed)
-    vector, a_and_b = torch.cat([theta, z.flatten(-2)], -1), None
+    if regression and settings.optimize:
+        vector = best_starting_vector(problem, settings.num_inducing, value_seed, input_seed)
+    else:
+        vector = starting_vector(problem, settings.num_inducing, input_seed)
+    a_and_b = None
     if regression and settings.batch_size is None:
         vector, report = _maximise_collapsed(engine, problem, vector, settings)
     else:
-        vector = _warm_start(problem, vector, settings, input_seed) if regression else vector
+        if regression and settings.optimize:
+            vector = warm_start(problem, vector, _free(problem, vector, settings), settings.num_steps, input_seed)
         plan = Stochastic(engine, *settings[1:6], settings.progress, scale_prior)
         vector, q, a_and_b, report = optimise(problem, plan, vector, _free(problem, vector, settings), run_seed)
     point = read_point(problem, vector)
@@ -140,7 +139,7 @@ def fit_inducing(
     diagnostics = {
         "engine": engine,
         "num_data": problem.num_data,
-        "num_inducing": z.shape[-2],
+        "num_inducing": point.z.shape[-2],
         "elbo": elbo.tolist(),
         "jitter": float(point.jitter.max()),
         **report,
@@ -168,60 +167,6 @@ def _check_data(where: str, model: GP, data: TrainingData, scale_prior: InverseG
         got = f"y with {data.y.shape[-1]} columns"
         fail(ShapeError, where, "a Categorical likelihood takes one target column.", got=got, fix="one label a row")
     class_labels(where, data.y, getattr(model.likelihood, "num_classes", 2))
-
-
-def _starting_values(problem: InducingProblem, settings: InducingSettings, seed: int) -> Tensor:
-    """theta (P, layout.dim): for regression that of a dense GP on at most 500 random rows, else the initial values."""
-    num = problem.y.shape[0]
-    start = problem.layout.initial(problem.x)
-    if problem.model.likelihood.task != "regression" or not settings.optimize:
-        return start.expand(num, -1).clone()
-    rows = _random_rows(problem.num_data, _SUBSET, seed, problem.x)
-    subset = Evidence(problem.model, problem.layout, problem.x[:, rows], problem.y[:, rows])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # how the start was found is no news to a reader
-        return maximise_evidence(subset, Search("SparseGP", 2, 50, False), seed)[0]
-
-
-def _starting_inputs(problem: InducingProblem, theta: Tensor, num: int, seed: int) -> Tensor:
-    """z (P m d): rows of x, greedily where the prior variance given those before is largest, at random past that."""
-    num = min(num, problem.num_data)
-    rows = _random_rows(problem.num_data, max(_CANDIDATES, 2 * num), seed, problem.x)
-    everyone = torch.arange(theta.shape[0], device=theta.device)
-    x = problem.inputs(everyone, rows)
-    values, _ = problem.layout.unpack(theta)
-    kernel, params = problem.model.kernel, problem.model.kernel_values(values)
-
-    def column(index: Tensor) -> Tensor:
-        return kernel(x, x[everyone, index].unsqueeze(-2), params).squeeze(-1)
-
-    pivots, useful = ops.greedy_pivots(column, kernel.diagonal(x, params).expand(x.shape[:-1]), num)
-    # past the numerical rank all points are alike; `rows` are in random order, so their first ones are random
-    rank = useful.sum(-1, keepdim=True)
-    place = torch.arange(num, device=x.device)
-    chosen = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device).scatter_(-1, pivots, useful)
-    others = chosen.to(torch.int8).argsort(dim=-1, stable=True)
-    filled = torch.where(place < rank, pivots, others.gather(-1, (place - rank).clamp_min(0)))
-    return x.gather(-2, filled.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def _random_rows(n: int, num: int, seed: int, like: Tensor) -> Tensor:
-    """At most `num` of n rows in random order, the same for every data set."""
-    return torch.randperm(n, generator=generator(seed))[:num].to(like.device)
-
-
-def _warm_start(problem: InducingProblem, vector: Tensor, settings: InducingSettings, seed: int) -> Tensor:
-    """A few L-BFGS steps of the collapsed bound on a random subset, before minibatches of all data take over.
-
-    The noise of a dense GP on few rows can be far below what m inducing points leave unexplained of many, and small
-    steps of Adam take long to make up for a factor of a hundred.
-    """
-    if not settings.optimize:
-        return vector
-    rows = _random_rows(problem.num_data, max(_WARM_ROWS, 5 * settings.num_inducing), seed, problem.x)
-    subset = problem._replace(x=problem.x[:, rows], y=problem.y[:, rows])
-    objective = Collapsed(subset, _free(problem, vector, settings))
-    return ops.minimize_lbfgs(objective, vector, max_iterations=min(_WARM_STEPS, settings.num_steps)).theta
 
 
 def _free(problem: InducingProblem, vector: Tensor, settings: InducingSettings) -> Tensor:

@@ -1,7 +1,9 @@
 """Distances between predictives: closed forms, sorted draws, and the axioms of a metric."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from bayesdl import evaluation as ev
 from bayesdl.distributions import Bernoulli, Categorical, Empirical, GaussianMixture, Normal
@@ -53,6 +55,27 @@ def test_total_variation_by_hand():
     p = Categorical(probs=torch.tensor([[0.5, 0.3, 0.2]]))
     q = Categorical(probs=torch.tensor([[0.1, 0.3, 0.6]]))
     assert ev.total_variation(p, q).tolist() == pytest.approx([0.4])
+
+
+def test_total_variation_of_equal_scales_has_its_closed_form():
+    """Normals a distance d apart with scale s: 2 Phi(d / 2s) - 1, whatever the units."""
+    for unit in (1.0, 1e4):
+        p = Normal(unit * torch.tensor([0.0, 3.0, -2.0]).double(), torch.full((3,), 0.7 * unit).double())
+        q = Normal(unit * torch.tensor([0.0, 2.1, 5.0]).double(), torch.full((3,), 0.7 * unit).double())
+        want = 2 * torch.special.ndtr((p.loc - q.loc).abs() / (2 * 0.7 * unit)) - 1
+        assert torch.allclose(ev.total_variation(p, q), want, atol=1e-5)
+
+
+def test_total_variation_of_mixtures_agrees_with_a_fine_sum():
+    """Against a Riemann sum of scipy's normal densities."""
+    loc, scale = torch.tensor([[-3.0, 0.5, 2.0]]).double(), torch.tensor([[0.2, 1.5, 0.4]]).double()
+    p, q = GaussianMixture(loc, scale), Normal(torch.tensor([0.3]).double(), torch.tensor([2.0]).double())
+    y = np.linspace(-20, 20, 400_001)
+    mixture = sum(norm.pdf(y, m, s) for m, s in zip(loc[0].tolist(), scale[0].tolist(), strict=True)) / 3
+    want = 0.5 * np.abs(mixture - norm.pdf(y, 0.3, 2.0)).sum() * (y[1] - y[0])
+    assert float(ev.total_variation(p, q)) == pytest.approx(want, abs=2e-4)
+    assert float(ev.total_variation(p, q, num_nodes=8000)) == pytest.approx(want, abs=2e-6)
+    assert float(ev.total_variation(p, p)) == 0
 
 
 def test_different_points_are_refused():
