@@ -19,6 +19,7 @@ from bayesdl._version import __version__
 
 if TYPE_CHECKING:
     from bayesdl import (
+        bo,
         datasets,
         distributions,
         errors,
@@ -56,6 +57,7 @@ __all__ = [
     "Posterior",
     "SparseGP",
     "__version__",
+    "bo",
     "compare",
     "datasets",
     "distributions",

@@ -83,6 +83,20 @@ def arviz_convergence(draws: Any) -> dict[str, float]:
     return worst_convergence(draws)
 
 
+def log_density_from_pyro(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`interop.pyro.from_pyro`: the posterior of a Pyro model with these arguments as a `LogDensity`."""
+    from bayesdl.interop.pyro import from_pyro
+
+    return from_pyro(model, args, kwargs)
+
+
+def botorch_model(posterior: Posterior, view: str, num_samples: int, seed: Any) -> Any:
+    """`interop.botorch.to_botorch`: a posterior as a BoTorch model."""
+    from bayesdl.interop.botorch import to_botorch
+
+    return to_botorch(posterior, view, num_samples=num_samples, seed=seed)
+
+
 def sklearn_dataset(name: str) -> Any:
     """`interop.sklearn.sklearn_dataset`: a data set that ships with scikit-learn, as arrays and names."""
     from bayesdl.interop.sklearn import sklearn_dataset as read

@@ -64,6 +64,15 @@ class Streams:
         rows = [torch.rand(shape, generator=g, dtype=like.dtype, device=like.device) for g in self._generators]
         return torch.stack(rows)
 
+    def state(self) -> Tensor:
+        """Where the streams stand, (num, bytes)."""
+        return torch.stack([g.get_state() for g in self._generators])
+
+    def load(self, state: Tensor) -> None:
+        """Go on from where `state` stood."""
+        for g, own in zip(self._generators, state.cpu(), strict=True):
+            g.set_state(own.clone())  # torch crashes on a part of a larger tensor
+
     def permutation(self, n: int) -> Tensor:
         """A random order of 0..n-1 for each stream, shape (num, n)."""
         return torch.stack([torch.randperm(n, generator=g, device=g.device) for g in self._generators])

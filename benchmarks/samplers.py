@@ -1,16 +1,17 @@
 """Samplers beside those of other libraries: smallest effective sample size per CPU second, CPU time per gradient.
 
-Targets: (a) a Gaussian of 50 dimensions in a random basis, covariance eigenvalues from 1e-2 to 1e2; (b) eight schools,
-non-centred, 10 dimensions; (c) a logistic regression, n = 1000, 25 coefficients; (d) a network 1-50-1 with tanh,
-n = 100, noise 0.1, 151 weights. Sides: NUTS with one chain and with four, ChEES-HMC with 64 chains, and Pyro's NUTS
-with one. One thread, CPU time of this process, warm-up apart.
+Targets (a) to (d) are those of `sampler_targets.py`. Sides are written "sampler-chains": ours (nuts, chees, mams, hmc,
+meads), "pyro-1", and NUTS of NumPyro and BlackJAX with one chain and with as many as ours. Everything runs on one core
+with one thread, in CPU time of this process; warm-up is apart, and so is what JAX compiles (the first of two runs).
 
-    python benchmarks/samplers.py --targets a b c --out benchmarks/results/samplers.csv
+    pip install -e .[bench]
+    python benchmarks/samplers.py [--targets a b c d] [--sides chees-64 nuts-64 pyro-1 numpyro-64] [--seeds 1 2]
 
-For (d) the effective sample size is that of the function at 20 places, for the others that of every coordinate.
+For (d) the effective sample size is that of the function at 20 places, for the others that of every coordinate. Rows
+that are in the table are not measured again; `--summary` prints the ratios to Pyro, NumPyro and BlackJAX.
 """
 
-# ruff: noqa: E402  (thread counts must be in the environment before torch loads its BLAS)
+# ruff: noqa: E402  (thread counts must be in the environment before torch and XLA start their threads)
 
 from __future__ import annotations
 
@@ -18,199 +19,144 @@ import os
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 import argparse
 import csv
-import math
+import importlib
+import importlib.util
 import pathlib
+import statistics
 import time
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
 from machine import describe
-from torch import Tensor
+from sampler_peers import PEERS, Result, starts
+from sampler_targets import TARGETS, Target
 
 from bayesdl.interop.arviz import convergence
-from bayesdl.samplers import chees, nuts
 
-warnings.filterwarnings("ignore")
-
-
-class Target(NamedTuple):
-    """A batched log density (C, dim) -> (C,), and the quantities (..., num) on which convergence is judged."""
-
-    name: str
-    dim: int
-    log_density: Callable[[Tensor], Tensor]
-    judged: Callable[[Tensor], Tensor]
-
-
-class Result(NamedTuple):
-    """Draws (C, N, dim) with CPU seconds and gradients, per chain, of the whole and of warm-up alone."""
-
-    draws: Tensor
-    seconds: float
-    warmup_seconds: float
-    gradients: float
-    warmup_gradients: float
-    chains: int
-
-
-def _normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def gaussian() -> Target:
-    """(a) Rotated, condition 1e4."""
-    basis = torch.linalg.qr(_normal(50, 50, seed=0))[0]
-    precision = basis @ torch.diag(torch.logspace(2, -2, 50, dtype=torch.float64)) @ basis.T
-    return Target("a", 50, lambda q: -0.5 * ((q @ precision) * q).sum(-1), lambda q: q)
-
-
-def eight_schools() -> Target:
-    """(b) mu ~ N(0, 5), tau ~ HalfCauchy(5), theta = mu + tau z."""
-    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64)
-    sigma = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)
-
-    def log_density(q: Tensor) -> Tensor:
-        z, mu, log_tau = q[..., :8], q[..., 8], q[..., 9]
-        tau = log_tau.exp()
-        error = (y - mu.unsqueeze(-1) - tau.unsqueeze(-1) * z) / sigma
-        prior = -0.5 * (mu / 5).square() - torch.log1p((tau / 5).square()) + log_tau
-        return prior - 0.5 * (z.square().sum(-1) + error.square().sum(-1))
-
-    return Target("b", 10, log_density, lambda q: q)
-
-
-def logistic() -> Target:
-    """(c) Standard normal covariates and prior."""
-    x, beta = _normal(1000, 25, seed=1), _normal(25, seed=2)
-    uniform = torch.rand(1000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    signed = x * (2.0 * (uniform < torch.sigmoid(x @ beta)) - 1).unsqueeze(-1)
-
-    def log_density(q: Tensor) -> Tensor:
-        return torch.nn.functional.logsigmoid(q @ signed.T).sum(-1) - 0.5 * q.square().sum(-1)
-
-    return Target("c", 25, log_density, lambda q: q)
-
-
-def network() -> Target:
-    """(d) Weights ~ N(0, 1), the read-out divided by sqrt(50)."""
-    x = torch.linspace(-2, 2, 100, dtype=torch.float64)
-    y = torch.sin(2 * x) + 0.1 * _normal(100, seed=4)
-
-    def forward(q: Tensor, at: Tensor) -> Tensor:
-        hidden = torch.tanh(at.unsqueeze(-1) * q[..., None, :50] + q[..., None, 50:100])
-        return (hidden @ q[..., 100:150].unsqueeze(-1)).squeeze(-1) / math.sqrt(50) + q[..., 150:]
-
-    def log_density(q: Tensor) -> Tensor:
-        return -0.5 * ((y - forward(q, x)) / 0.1).square().sum(-1) - 0.5 * q.square().sum(-1)
-
-    return Target("d", 151, log_density, lambda q: forward(q, torch.linspace(-2.5, 2.5, 20, dtype=torch.float64)))
-
-
-TARGETS = {"a": gaussian, "b": eight_schools, "c": logistic, "d": network}
+RESULTS = pathlib.Path(__file__).parent / "results" / "samplers.csv"
+SIDES = ("chees-64", "nuts-64", "mams-64", "nuts-1", "pyro-1", "numpyro-1", "numpyro-64", "blackjax-1", "blackjax-64")
+# Transitions of warm-up and draws per chain: few for many chains, as one would run them.
+LENGTHS = {"1": (300, 500), "64": (200, 100)}
+PYRO_LENGTHS = {"a": (150, 100), "b": (300, 300), "c": (300, 200), "d": (12, 6)}
 
 
 def ours(target: Target, sampler: str, num_chains: int, num_warmup: int, num_draws: int, seed: int) -> Result:
-    """NUTS or ChEES-HMC of this package, from points scattered on (-2, 2)."""
-    module = {"nuts": nuts, "chees": chees}[sampler]
-    generator = torch.Generator().manual_seed(seed)
-    start = 4 * torch.rand(num_chains, target.dim, generator=generator, dtype=torch.float64) - 2
-
-    settings: dict[str, object] = {"seed": seed}
-    began = time.process_time()
-    warm = module.run(target.log_density, start, num_warmup=num_warmup, num_draws=1, **settings)
-    warmup_seconds = time.process_time() - began
-    settings |= {"step_size": warm.step_size, "inverse_mass": warm.inverse_mass, "num_warmup": 0}
-    settings["metric"] = "dense" if warm.inverse_mass.ndim == 2 else "diagonal"
-    if warm.trajectory_length is not None:
-        settings["trajectory_length"] = warm.trajectory_length
-    began = time.process_time()
-    run = module.run(target.log_density, warm.draws[:, -1], num_draws=num_draws, **settings)
-    seconds = time.process_time() - began
-    gradients = warm.num_gradients + run.num_gradients
-    return Result(run.draws, warmup_seconds + seconds, warmup_seconds, gradients, warm.num_gradients, num_chains)
+    """A sampler of this package with its own defaults."""
+    module = importlib.import_module(f"bayesdl.samplers.{sampler}")
+    start = starts(target, num_chains, seed)
+    began, cpu_began = time.perf_counter(), time.process_time()
+    run = module.run(target.log_density, start, num_warmup=num_warmup, num_draws=num_draws, seed=seed)
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+    # The run knows its wall-clock times; on one thread the share of warm-up is that in CPU time.
+    return Result(run.draws, cpu, cpu * run.warmup_seconds / wall, run.num_gradients, run.warmup_gradients)
 
 
-def pyro(target: Target, num_warmup: int, num_draws: int, seed: int) -> Result:
-    """Pyro's NUTS with its default (diagonal) mass matrix on the same potential, one chain."""
-    from pyro import set_rng_seed
-    from pyro.infer import MCMC, NUTS
-
-    calls, at_draw = 0, []
-
-    def potential(params: dict[str, Tensor]) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return -target.log_density(params["q"].unsqueeze(0)).squeeze(0)
-
-    def hook(kernel: object, samples: object, stage: str, i: int) -> None:
-        at_draw.append((stage.lower(), time.process_time(), calls))
-
-    set_rng_seed(seed)
-    start = 4 * torch.rand(target.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 2
-    kernel = NUTS(potential_fn=potential)
-    mcmc = MCMC(kernel, num_draws, num_warmup, initial_params={"q": start}, disable_progbar=True, hook_fn=hook)
-    began = time.process_time()
-    mcmc.run()
-    seconds = time.process_time() - began
-    warm = [entry for entry in at_draw if entry[0].startswith("warm")][-1]
-    return Result(mcmc.get_samples()["q"].unsqueeze(0), seconds, warm[1] - began, calls, warm[2], 1)
-
-
-def row(target: Target, side: str, result: Result, seed: int) -> dict[str, object]:
+def row(target: Target, side: str, result: Result, seed: int) -> dict[str, Any]:
     """One line of the table."""
     found = convergence(target.judged(result.draws))
     sampling = max(result.seconds - result.warmup_seconds, 1e-9)
-    gradients = (result.gradients - result.warmup_gradients) * result.chains
+    warm = 0.0 if np.isnan(result.warmup_gradients) else result.warmup_gradients
+    gradients = (result.gradients - warm) * result.draws.shape[0]
     ess = float(np.min(found["ess_bulk"]))
     return {
         "target": target.name,
         "side": side,
         "seed": seed,
-        "chains": result.chains,
+        "chains": result.draws.shape[0],
         "draws_per_chain": result.draws.shape[1],
         "min_ess": round(ess, 1),
         "max_rhat": round(float(np.max(found["rhat"])), 4),
         "min_ess_per_cpu_s": round(ess / sampling, 2),
         "min_ess_per_cpu_s_with_warmup": round(ess / result.seconds, 2),
+        "min_ess_per_cpu_s_with_compilation": round(ess / (result.seconds + result.compile_seconds), 2),
         "cpu_ms_per_1000_gradients": round(1e6 * sampling / max(gradients, 1), 2),
         "cpu_s": round(result.seconds, 2),
+        "warmup_cpu_s": round(result.warmup_seconds, 2),
+        "compile_cpu_s": round(result.compile_seconds, 2),
         "gradients_per_chain": int(result.gradients),
+        **describe(),
+        "peer": version(side.split("-")[0] + ("-ppl" if side.startswith("pyro") else "")) if is_peer(side) else "",
     }
 
 
+def is_peer(side: str) -> bool:
+    """Whether a side is another library's."""
+    return side.split("-")[0] in PEERS
+
+
+def measure(target: Target, side: str, seed: int) -> Result:
+    """Run one side on one target."""
+    sampler, num_chains = side.split("-")
+    num_warmup, num_draws = LENGTHS["1" if int(num_chains) < 16 else "64"]
+    if sampler == "pyro":
+        num_warmup, num_draws = PYRO_LENGTHS[target.name]
+    if sampler in PEERS:
+        return PEERS[sampler](target, int(num_chains), num_warmup, num_draws, seed)
+    return ours(target, sampler, int(num_chains), num_warmup, num_draws, seed)
+
+
+def read() -> list[dict[str, str]]:
+    """The rows so far."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def summary() -> None:
+    """Medians over seeds, with the ratio of ours to each peer."""
+    rows = read()
+    for name in TARGETS:
+        mine = [r for r in rows if r["target"] == name]
+        sides = dict.fromkeys(r["side"] for r in mine)
+        print(f"({name})  min-ESS per CPU second: sampling | with warm-up | with compilation | ms per 1000 gradients")
+        for side in sides:
+            columns = ("min_ess_per_cpu_s", "min_ess_per_cpu_s_with_warmup", "min_ess_per_cpu_s_with_compilation")
+            these = [r for r in mine if r["side"] == side]
+            values = [statistics.median(float(r[c]) for r in these) for c in (*columns, "cpu_ms_per_1000_gradients")]
+            worst = max(float(r["max_rhat"]) for r in these)
+            print(f"  {side:<12}" + " | ".join(f"{v:10.2f}" for v in values) + f"   R-hat {worst:.3f}")
+
+
 def main() -> None:
-    """Run the chosen targets and write the table."""
+    """Run what is missing of the chosen targets and sides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=["a", "b", "c"], choices=sorted(TARGETS))
-    parser.add_argument("--sides", nargs="+", default=["chees-64", "nuts-1", "nuts-4", "pyro-1"])
-    parser.add_argument("--warmup", type=int, default=200)
-    parser.add_argument("--draws", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/samplers.csv"))
+    parser.add_argument("--sides", nargs="+", default=list(SIDES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
+    if args.summary:
+        summary()
+        return
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    rows = []
+    warnings.filterwarnings("ignore")
+    done = {(r["target"], r["side"], r["seed"]) for r in read()}
     for name in args.targets:
         target = TARGETS[name]()
         for side in args.sides:
-            sampler, num = side.split("-")
-            if sampler == "pyro":
-                result = pyro(target, args.warmup, args.draws, args.seed)
-            else:
-                result = ours(target, sampler, int(num), args.warmup, args.draws, args.seed)
-            rows.append({**row(target, side, result, args.seed), **describe()})
-            print({key: rows[-1][key] for key in list(rows[-1])[:12]}, flush=True)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with args.out.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            if is_peer(side) and importlib.util.find_spec(side.split("-")[0]) is None:
+                print(f"{side}: not installed, left out")
+                continue
+            for seed in args.seeds:
+                if (name, side, str(seed)) in done:
+                    continue
+                line = row(target, side, measure(target, side, seed), seed)
+                print({key: line[key] for key in list(line)[:15]}, flush=True)
+                with RESULTS.open("a", newline="", encoding="utf-8") as file:
+                    writer = csv.DictWriter(file, list(line))
+                    if file.tell() == 0:
+                        writer.writeheader()
+                    writer.writerow(line)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Models of posteriordb, unconstrained and batched, with the reference draws to compare with.
 
+`compare` runs a sampler on one of them and says how far its moments are from the reference.
+
 A model is one function from its data to a `Problem`: the log density of an unconstrained position (log Jacobians
 included) and the way back to the named quantities of the reference. Another posterior is one function more, listed in
 `MODELS` under the name of its files in the folder `posteriordb` of BAYESDL_DATA.
@@ -14,8 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from arviz_stats.base import array_stats
 from torch import Tensor
 
+from bayesdl.inference.sample import Chains, sample
 from bayesdl.models.log_density import LogDensity
 
 
@@ -226,6 +230,87 @@ def stacked(values: dict[str, Tensor]) -> tuple[np.ndarray, list[str]]:
             columns += list(np.moveaxis(array, -1, 0))
             names += [f"{name}[{i + 1}]" for i in range(array.shape[-1])]
     return np.stack(columns, -1), names
+
+
+SAMPLERS = ("hmc", "nuts", "chees", "mams", "smc")
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "hmc": {"num_chains": 32, "num_warmup": 300, "num_draws": 200, "target_accept": 0.9, "num_steps": 32},
+    "nuts": {"num_chains": 32, "num_warmup": 300, "num_draws": 150, "target_accept": 0.9, "max_depth": 7},
+    "chees": {"num_chains": 32, "num_warmup": 300, "num_draws": 400, "target_accept": 0.9},
+    "mams": {"num_chains": 32, "num_warmup": 400, "num_draws": 400},
+    "smc": {"num_chains": 32, "num_draws": 500},
+}
+
+
+class Comparison(NamedTuple):
+    """How far the moments of a run are from the reference.
+
+    Attributes:
+        names: The parameters, twice: means, then standard deviations.
+        z: Distance over Monte Carlo error, the reference's error counted too.
+        relative_error: That error over the posterior's standard deviation.
+        chains: The run.
+    """
+
+    names: list[str]
+    z: np.ndarray
+    relative_error: np.ndarray
+    chains: Chains
+
+    def row(self) -> dict[str, Any]:
+        """The case as a line of a table."""
+        found, worst = self.chains.diagnostics, int(np.abs(self.z).argmax())
+        return {
+            "holds": bool(np.abs(self.z).max() < 4),
+            "largest_z": round(float(np.abs(self.z).max()), 2),
+            "where": f"{'mean' if worst < len(self.z) // 2 else 'sd'} of {self.names[worst]}",
+            "moments": len(self.z),
+            "largest_error": round(float(self.relative_error.max()), 4),
+            "rhat": round(found["rhat"], 4),
+            "ess_bulk": round(found["ess_bulk"]),
+            "divergences": found["divergences"],
+            "num_gradients": found["num_gradients"],
+            "seconds": round(found["seconds"], 1),
+        }
+
+
+def compare(folder: Path, name: str, sampler: str, seed: int, **settings: Any) -> Comparison:
+    """Run `sampler` on the posterior `name` of the folder that BAYESDL_DATA names."""
+    reference = load(folder, name)
+    problem = MODELS[name](reference.data)
+    chosen = {**_SETTINGS[sampler], **settings}
+    chains = sample(problem.log_density, sampler=sampler, transform=problem.transform, seed=seed, **chosen)
+    draws, names = stacked(chains.values)
+    assert names == reference.names, (names, reference.names)
+    # The particles of one island are copies of one another's ancestors: only islands are independent.
+    ours, our_error = _island_moments(draws) if sampler == "smc" else moments(draws)
+    theirs, their_error = moments(reference.draws)
+    error = np.hypot(our_error, their_error)
+    width = np.tile(theirs[len(names) :], 2)
+    return Comparison(names * 2, (ours - theirs) / error, error / width, chains)
+
+
+def moments(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means, then standard deviations, of draws (C, N, parameters), and the Monte Carlo error of each.
+
+    Both errors come from the effective sample size of the very quantity that is averaged: that of the squared
+    deviations for a standard deviation, by var(sd) = var(sd^2) / (4 sd^2). HMC draws can be better than independent
+    ones for the mean and worse for the variance, so one effective sample size for both would not do.
+    """
+    axes = {"chain_axis": 0, "draw_axis": 1}
+    mean, sd = draws.mean((0, 1)), draws.std((0, 1))
+    of_mean = array_stats.mcse(draws, method="mean", **axes)
+    of_sd = array_stats.mcse((draws - mean) ** 2, method="mean", **axes) / (2 * sd)
+    return np.concatenate([mean, sd]), np.concatenate([of_mean, of_sd])
+
+
+def _island_moments(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`moments` with the errors taken from the scatter between islands (C)."""
+    mean, sd = draws.mean((0, 1)), draws.std((0, 1))
+    root = len(draws) ** 0.5
+    of_mean = draws.mean(1).std(0, ddof=1) / root
+    of_sd = ((draws - mean) ** 2).mean(1).std(0, ddof=1) / root / (2 * sd)
+    return np.concatenate([mean, sd]), np.concatenate([of_mean, of_sd])
 
 
 def _half_cauchy(log_sigma: Tensor, scale: float) -> Tensor:

@@ -187,7 +187,8 @@ for name, engine in by_minibatches:
 
 # %% [markdown]
 # HMC needs to be told how long its trajectories are. `NUTS` lets each end where it turns back; `ChEES` lets many
-# chains learn one length for all. On a smaller network, for which a minute is plenty, the three agree:
+# chains learn one length for all; `MAMS` moves at unit speed, steered by the gradient; `MCLMC` does so without an
+# accept step, which leaves a small bias. On a smaller network, for which a minute is plenty, they agree:
 
 # %%
 small_bnn = bdl.BNN(hidden=(6,), activation="tanh", prior=wiggly)
@@ -195,6 +196,8 @@ samplers = [
     ("HMC", bdl.HMC(small_bnn, NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, num_steps=32)),
     ("NUTS", bdl.NUTS(small_bnn, NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, max_depth=5)),
     ("ChEES", bdl.ChEES(small_bnn, 2 * NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, max_steps=32)),
+    ("MAMS", bdl.MAMS(small_bnn, 2 * NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, max_steps=32)),
+    ("MCLMC", bdl.MCLMC(small_bnn, 2 * NUM_CHAINS, 10 * NUM_WARMUP, NUM_DRAWS, thin=10)),
 ]
 print("sd of f in the gap, effective draws and gradients per chain")
 for name, engine in samplers:

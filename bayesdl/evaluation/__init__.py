@@ -14,6 +14,7 @@ from bayesdl.evaluation.calibration import (
     pit_calibration_error_band,
     reliability_curve,
 )
+from bayesdl.evaluation.sbc import SBCResult
 from bayesdl.evaluation.scores import (
     accuracy,
     brier,
@@ -24,9 +25,13 @@ from bayesdl.evaluation.scores import (
     nlpd,
     rmse,
 )
+from bayesdl.evaluation.uniformity import EcdfBand, Uniformity, ecdf_band, uniformity
 
 __all__ = [
+    "EcdfBand",
     "ReliabilityCurve",
+    "SBCResult",
+    "Uniformity",
     "accuracy",
     "brier",
     "calibration_band",
@@ -34,6 +39,7 @@ __all__ = [
     "class_probabilities",
     "coverage",
     "crps",
+    "ecdf_band",
     "expected_calibration_error",
     "interval_score",
     "nlpd",
@@ -43,5 +49,6 @@ __all__ = [
     "reliability_curve",
     "rmse",
     "total_variation",
+    "uniformity",
     "wasserstein2",
 ]

@@ -84,10 +84,12 @@ def _with_best_noise(problem: InducingProblem, vector: Tensor) -> tuple[Tensor, 
     place, noise = sum(p.size for p in problem.layout.parameters[:at]), problem.layout.parameters[at]
     with torch.no_grad():
         sums = inducing_sums(problem, read_point(problem, vector), everyone)
-        grid = problem.y.var(-1) * 0.5 ** torch.arange(_NOISES, dtype=vector.dtype, device=vector.device).unsqueeze(-1)
-        grid = torch.cat([noise.unconstrained(grid.clamp_min(1.01 * noise.lower)), vector[:, place].unsqueeze(0)])
-        tried = vector.repeat(len(grid), 1, 1)
-        tried[..., place] = torch.where(grid.isfinite(), grid, vector[:, place])
+        halves = 0.5 ** torch.arange(_NOISES, dtype=vector.dtype, device=vector.device).unsqueeze(-1)
+        grid = noise.unconstrained((problem.y.var(-1, correction=0) * halves).clamp_min(1.01 * noise.lower))
+        own = vector[:, place].unsqueeze(0)
+        tried = vector.repeat(len(grid) + 1, 1, 1)
+        # constant targets have no variance, and the logarithm of it no use
+        tried[..., place] = torch.cat([own, torch.where(grid.isfinite(), grid, own)])
         values, _ = problem.layout.unpack(tried[..., : problem.layout.dim])
         bound = ops.collapsed_bound(sums, values["noise_variance"], problem.num_data).value
         score = (bound + problem.layout.log_prior(values)[0]).nan_to_num(nan=-torch.inf)

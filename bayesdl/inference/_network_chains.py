@@ -1,4 +1,4 @@
-"""What the engines share that sample all weights of a network by Markov chains: data in, verdict and posterior out."""
+"""What the engines share that sample by Markov chains, all weights of a network or the hyper-parameters of a GP."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from torch import Tensor
 
 from bayesdl import _checks, _doors
 from bayesdl._random import Seed, child_seeds
+from bayesdl.errors import SettingError, fail
+from bayesdl.inference._evidence import gaussian_only
 from bayesdl.inference._fitting import NetworkProblem, network_problem, warn_unless
-from bayesdl.models import BNN
-from bayesdl.posterior import DrawsPosterior
+from bayesdl.inference._gp_chains import sample_gp
+from bayesdl.models import BNN, GP
+from bayesdl.posterior import DrawsPosterior, GPMixturePosterior
 from bayesdl.samplers.base import LogDensityFn, Run, summarize
+
+NUM_PREDICTIVE = 64
 
 
 class Longer(NamedTuple):
@@ -26,7 +31,14 @@ class Longer(NamedTuple):
 def check_settings(engine: Any, metrics: tuple[str, ...], counts: tuple[str, ...]) -> None:
     """Refuse settings out of range: `counts` and those that all these engines have."""
     where = type(engine).__name__
-    for name in ("num_chains", "num_draws", "thin", *counts):
+    if not isinstance(engine.model, (BNN, GP)):
+        wanted = "model must be a bdl.BNN or a bdl.GP."
+        fix = "bdl.BNN(hidden=(50,)) or bdl.GP(bdl.kernels.Matern()); a log density goes to bdl.sample"
+        fail(SettingError, where, wanted, got=_checks.describe(engine.model), fix=fix)
+    if isinstance(engine.model, GP):
+        gaussian_only(where, engine.model)
+    predictive = ("num_predictive",) if hasattr(engine, "num_predictive") else ()
+    for name in ("num_chains", "num_draws", "thin", *predictive, *counts):
         _checks.at_least(where, name, getattr(engine, name), 1, integer=True)
     _checks.at_least(where, "num_warmup", engine.num_warmup, 0, integer=True)
     _checks.inside(where, "target_accept", engine.target_accept, 0.0, 1.0)
@@ -35,7 +47,7 @@ def check_settings(engine: Any, metrics: tuple[str, ...], counts: tuple[str, ...
 
 def sample_network(
     name: str,
-    model: BNN,
+    model: BNN | GP,
     x: Any,
     y: Any,
     num_chains: int,
@@ -43,8 +55,17 @@ def sample_network(
     seed: Seed,
     run_chains: Callable[[LogDensityFn, Tensor, Seed], Run],
     longer: Longer,
-) -> DrawsPosterior:
-    """Fit the network `model` to data by `run_chains(log_density, starts, seed)`; see `HMC.fit`."""
+    num_predictive: int = NUM_PREDICTIVE,
+) -> DrawsPosterior | GPMixturePosterior:
+    """Fit `model`, a network or a GP, to data by `run_chains(log_density, starts, seed)`; see `HMC.fit`."""
+    if isinstance(model, GP):
+
+        def report(run: Run, quantities: Tensor) -> dict[str, Any]:
+            found = {"engine": name, **_convergence(run, quantities, longer)}
+            _warn(f"{name}.fit", found, run, longer, "hyper-parameters")
+            return found
+
+        return sample_gp(f"{name}.fit", model, x, y, num_chains, standardize, num_predictive, seed, run_chains, report)
     where = f"{name}.fit"
     problem = network_problem(where, model, x, y, standardize=standardize)
     start_seed, run_seed = child_seeds(seed, 2)
@@ -57,34 +78,36 @@ def sample_network(
 
 
 def _diagnose(name: str, problem: NetworkProblem, run: Run, longer: Longer) -> dict[str, Any]:
-    convergence = _doors.arviz_convergence(problem.probe_values(run.draws))
-    diagnostics = {
+    return {
         "engine": name,
         "num_data": problem.data.x.shape[-2],
         "num_weights": problem.space.network.num_weights,
-        "rhat": convergence["rhat"],
-        "ess_bulk": convergence["ess_bulk"],
-        "ess_tail": convergence["ess_tail"],
-        **summarize(run),
+        **_convergence(run, problem.probe_values(run.draws), longer),
     }
+
+
+def _convergence(run: Run, quantities: Tensor, longer: Longer) -> dict[str, Any]:
+    """The worst R-hat and ESS over quantities (C, N, *), and the health of the run."""
+    worst = _doors.arviz_convergence(quantities)
+    diagnostics = {**{figure: worst[figure] for figure in ("rhat", "ess_bulk", "ess_tail")}, **summarize(run)}
     if run.trajectory_length is not None:
         diagnostics["trajectory_length"] = run.trajectory_length.tolist()
     if longer.max_depth is not None:
         diagnostics["max_depth_reached"] = int((run.stats["tree_depth"] >= longer.max_depth).sum())
-    if not problem.data.batch_shape:
+    if run.draws.ndim == 3:
         diagnostics["trace"] = {"log_density": run.stats["log_density"].tolist()}
     return diagnostics
 
 
-def _warn(where: str, diagnostics: dict[str, Any], run: Run, longer: Longer) -> None:
+def _warn(
+    where: str, diagnostics: dict[str, Any], run: Run, longer: Longer, quantities: str = "function values"
+) -> None:
     total = run.draws.shape[-3] * run.draws.shape[-2]
     rhat, ess = diagnostics["rhat"], diagnostics["ess_bulk"]
     divergences = int(torch.as_tensor(diagnostics["divergences"]).max())
     more = f"run longer (num_warmup, num_draws){longer.settings}"
-    warn_unless(
-        not rhat > 1.05, where, f"chains disagree about function values (R-hat {rhat:.2f}, wanted < 1.05)", more
-    )
-    warn_unless(not ess < min(100, total), where, f"only {ess:.0f} effective draws of function values", more)
+    warn_unless(not rhat > 1.05, where, f"chains disagree about {quantities} (R-hat {rhat:.2f}, wanted < 1.05)", more)
+    warn_unless(not ess < min(100, total), where, f"only {ess:.0f} effective draws of {quantities}", more)
     smaller = "raise target_accept towards 0.95"
     warn_unless(divergences <= 0.01 * total, where, f"{divergences} divergent transitions", smaller)
     if longer.max_depth is not None:

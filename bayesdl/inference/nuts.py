@@ -15,19 +15,19 @@ from typing import Any, Literal
 from torch import Tensor
 
 from bayesdl._random import Seed
-from bayesdl.inference._network_chains import Longer, check_settings, sample_network
-from bayesdl.models import BNN
-from bayesdl.posterior import DrawsPosterior
+from bayesdl.inference._network_chains import NUM_PREDICTIVE, Longer, check_settings, sample_network
+from bayesdl.models import BNN, GP
+from bayesdl.posterior import DrawsPosterior, GPMixturePosterior
 from bayesdl.samplers import nuts
 from bayesdl.samplers.base import LogDensityFn, Run
 
 
 @dataclass(frozen=True)
 class NUTS:
-    """Full-batch NUTS on the weights and the noise of a network.
+    """Full-batch NUTS on the weights and the noise of a network, or on the hyper-parameters of a GP.
 
     Attributes:
-        model: The network, its prior and its likelihood.
+        model: A network with its prior and its likelihood, or a GP with Gaussian noise.
         num_chains: Chains, run side by side.
         num_warmup: Transitions that adapt and are dropped.
         num_draws: Draws kept from each chain.
@@ -37,9 +37,15 @@ class NUTS:
         thin: Keep every thin-th draw.
         standardize: Fit in standardised inputs and targets; everything comes back in the user's units.
         progress: Show a bar with step size, acceptance and divergences.
+        num_predictive: How many draws the predictive of a GP mixes, evenly spread over all; each holds a factor of n^2
+            numbers.
+        checkpoint: A folder to save the run to and to resume it from, None for none; see `samplers.base`.
+        max_gradients: A budget of gradients for each chain, warm-up included; the run ends when it is spent.
+        chain_batch: How many chains to evaluate at a time, which bounds the memory; None for all.
+        compile: Whether value and gradient go through torch.compile.
     """
 
-    model: BNN
+    model: BNN | GP
     num_chains: int = 4
     num_warmup: int = 500
     num_draws: int = 500
@@ -49,15 +55,23 @@ class NUTS:
     thin: int = 1
     standardize: bool = True
     progress: bool = False
+    num_predictive: int = NUM_PREDICTIVE
+    checkpoint: str | None = None
+    max_gradients: float | None = None
+    chain_batch: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self, ("diagonal", "dense", "identity"), ("max_depth",))
 
-    def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> DrawsPosterior:
-        """Sample the posterior of the network given x (*b, n, d) and y (*b, n) or (*b, n, k).
+    def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> DrawsPosterior | GPMixturePosterior:
+        """Sample the posterior of the model given x (*b, n, d) and y (*b, n) or (*b, n, k).
 
         Data sets along *b are independent and sampled at the same time, each with its own step size and metric; each
         gets the draws that it would get alone. For classification y holds labels 0, 1, ….
+
+        Of a GP the hyper-parameters are sampled, those of every output by themselves, under their priors; the constant
+        mean and any parameter of either sign without a prior are N(0, 1) in standardised units.
 
         Raises:
             ShapeError, DataError, DtypeError, DeviceError: The data cannot be used.
@@ -67,7 +81,8 @@ class NUTS:
             ConvergenceWarning: R-hat of function values above 1.05, fewer than 100 effective draws, divergences, or
                 more than half of the trees cut short at `max_depth`.
 
-        Cost: at most 2^max_depth gradients a transition, each O(n num_weights) a chain.
+        Cost: at most 2^max_depth gradients a transition, each O(n num_weights) a chain for a network, O(n^3)
+        for a GP.
         """
 
         def run_chains(log_density: LogDensityFn, starts: Tensor, run_seed: Seed) -> Run:
@@ -82,7 +97,12 @@ class NUTS:
                 thin=self.thin,
                 seed=run_seed,
                 progress=self.progress,
+                checkpoint=self.checkpoint,
+                max_gradients=self.max_gradients,
+                chain_batch=self.chain_batch,
+                compile=self.compile,
             )
 
         longer = Longer("", self.max_depth)
-        return sample_network("NUTS", self.model, x, y, self.num_chains, self.standardize, seed, run_chains, longer)
+        settings = (self.num_chains, self.standardize, seed, run_chains, longer, self.num_predictive)
+        return sample_network("NUTS", self.model, x, y, *settings)

@@ -4,6 +4,7 @@ from bayesdl.posterior.base import Posterior
 from bayesdl.posterior.closed_form import GPPosterior
 from bayesdl.posterior.draws import DrawsPosterior
 from bayesdl.posterior.fixed_noise_mixture import FixedNoiseMixturePosterior
+from bayesdl.posterior.gp_mixture import GPMixturePosterior
 from bayesdl.posterior.inducing import InducingPosterior
 from bayesdl.posterior.matrix_free import MatrixFreeGPPosterior
 from bayesdl.posterior.scale_mixture import ScaleMixturePosterior
@@ -11,6 +12,7 @@ from bayesdl.posterior.scale_mixture import ScaleMixturePosterior
 __all__ = [
     "DrawsPosterior",
     "FixedNoiseMixturePosterior",
+    "GPMixturePosterior",
     "GPPosterior",
     "InducingPosterior",
     "MatrixFreeGPPosterior",

@@ -96,6 +96,25 @@ class Posterior(abc.ABC):
 
         return _doors.arviz_datatree(**self._arviz_groups())
 
+    def to_botorch(self, view: str = "auto", *, num_samples: int = 256, seed: Seed = 0) -> Any:
+        """A BoTorch `Model` of f: any acquisition function, gradients in x, t-batches.
+
+        Args:
+            view: "gaussian" for a Gaussian process, exact where the posterior is one and of the same mean and covariance
+                otherwise; "samples" for joint draws, the same functions at every point; "auto" for the first where
+                it has formulas and the second where the posterior is a set of draws.
+            num_samples: Functions of the view by samples at most.
+            seed: Of their choice.
+
+        Raises:
+            SettingError: A view that does not exist.
+
+        See `bayesdl.interop.botorch`, also for several posteriors as one model.
+        """
+        from bayesdl import _doors
+
+        return _doors.botorch_model(self, view, num_samples, seed)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write this posterior to one file (safetensors and JSON), atomically. `bdl.load` reads it, running no code.
 

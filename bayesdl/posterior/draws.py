@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from bayesdl._random import Seed
+from bayesdl._random import Seed, generator
 from bayesdl.data import TrainingData, Units
 from bayesdl.distributions import Bernoulli, Categorical, Empirical, GaussianMixture
 from bayesdl.errors import StorageError, fail
 from bayesdl.posterior.base import Functions, Posterior, member_indices
 
 _CHUNK = 2**24  # function values evaluated at once: 128 MB in float64 for each layer
+_PRIOR_DRAWS = 200
 
 
 @final
@@ -124,21 +125,57 @@ class DrawsPosterior(Posterior):
 
     def _arviz_groups(self) -> dict[str, Any]:
         chains, draws = self._draws.shape[-3:-1]
-        members = self._members()
+        members, batch = self._members(), len(self._data.batch_shape)
         f = self._latent(members, self._data.x)
         _, params, _ = self._space.split(members)
-        values = self._squeeze_members(self._outward(f.movedim(-3, -1))).movedim(-1, 0)
-        posterior = {"f": values.reshape(chains, draws, *values.shape[1:])}
-        if "noise_variance" in params and not self._data.batch_shape:
+
+        def by_chain(values: Tensor) -> Tensor:
+            """(*b, S, ...) as (chains, draws, *b, ...)."""
+            return values.movedim(batch, 0).unflatten(0, (chains, draws))
+
+        latent = self._squeeze_members(self._outward(f.movedim(-3, -1))).movedim(-1, 0)
+        posterior = {"f": latent.unflatten(0, (chains, draws))}
+        if "noise_variance" in params and not batch:
             variance = self._squeeze(params["noise_variance"] * self._units.y_scale.squeeze(-2).square())
-            posterior["noise_variance"] = variance.reshape(chains, draws, *variance.shape[1:])
+            posterior["noise_variance"] = by_chain(variance)
         y = self._data.y if self._data.has_outputs else self._data.y.squeeze(-1)
-        pointwise = self._squeeze(self._pointwise(f, params)).movedim(len(self._data.batch_shape), 0)
-        log_likelihood = pointwise.reshape(chains, draws, *pointwise.shape[1:])
-        groups = {"posterior": posterior, "observed_data": {"y": y}, "log_likelihood": {"y": log_likelihood}}
-        if self._stats and not self._data.batch_shape:
-            groups["sample_stats"] = self._stats
+        source = generator(0, f.device)
+        before = self._space.initial(_PRIOR_DRAWS, source, self._units.inward_x(self._data.x, f.dtype))
+        before = self._squeeze_members(self._outward(self._latent(before, self._data.x).movedim(-3, -1)))
+        groups = {
+            "posterior": posterior,
+            "posterior_predictive": {"y": by_chain(self._squeeze(self._replicate(f, params, source)))},
+            "log_likelihood": {"y": by_chain(self._squeeze(self._pointwise(f, params)))},
+            "prior": {"f": before.movedim(-1, 0).unsqueeze(0)},
+            "observed_data": {"y": y},
+            "constant_data": {"x": self._data.x},
+            "dims": self._arviz_dims(latent.ndim - 1 - batch, y.ndim - batch),
+        }
+        if self._stats and not batch:
+            groups["sample_stats"] = {name: value for name, value in self._stats.items() if name != "energy_change"}
         return groups
+
+    def _arviz_dims(self, axes_of_f: int, axes_of_y: int) -> dict[str, list[str]]:
+        """What ArviZ calls the axes: data sets, then points, then outputs, classes or features."""
+        sets = [f"data_set_{i}" for i in range(len(self._data.batch_shape))]
+        last = "class" if self._space.likelihood.task == "multiclass" else "output"
+        dims = {"f": [*sets, "point", last][: len(sets) + axes_of_f], "x": [*sets, "point", "feature"]}
+        dims["y"] = [*sets, "point", "output"][: len(sets) + axes_of_y]
+        return dims | {"noise_variance": ["output"][: axes_of_y - 1]}
+
+    def _replicate(self, f: Tensor, params: dict[str, Tensor], source: torch.Generator) -> Tensor:
+        """One new data set from every draw, in the user's units: (*b, S, n, k), from f (*b, S, n, outputs)."""
+        task = self._space.likelihood.task
+        if task == "regression":
+            noise = torch.randn(f.shape, generator=source, dtype=f.dtype, device=f.device)
+            v = f + params["noise_variance"].sqrt().unsqueeze(-2) * noise
+            return self._outward(v.movedim(-3, -1)).movedim(-1, -3)
+        shape = f.shape if task == "binary" else (*f.shape[:-1], 1)
+        uniform = torch.rand(shape, generator=source, dtype=f.dtype, device=f.device)
+        if task == "binary":
+            return (uniform < torch.sigmoid(f)).to(f.dtype)
+        below = torch.softmax(f, -1).cumsum(-1)[..., :-1] <= uniform
+        return below.sum(-1, keepdim=True).to(f.dtype)
 
     def _pointwise(self, f: Tensor, params: dict[str, Tensor]) -> Tensor:
         """log p(y_ij | f) in the user's units for every draw, (*b, S, n, k), from f (*b, S, n, outputs)."""

@@ -1,298 +1,290 @@
-"""What the Hamiltonian samplers share: their random numbers, one warm-up, and the loop that keeps the draws.
+r"""The loop around every sampler: warm-up, draws, statistics, budget, progress and checkpoints.
 
-A sampler gives a `Move`, which takes the chains from one state to the next under given parameters. Groups *g are
-independent problems of one shape: each adapts its own step size and metric, and all see the same random numbers, so
-that a run of groups equals a loop over them up to rounding.
+A sampler is a `Program`: transitions between carries. A carry is a named tuple of tensors, numbers and None, nested as
+one likes, and holds everything that the next transition reads besides the random numbers, so that a run can be written
+to a file between any two transitions and go on from there with the same draws, bit for bit. Ten lines make one:
+
+    class Walk(NamedTuple):
+        state: State                                    # q, log_density, grad
+        scale: Tensor                                   # (1,)
+
+    class RandomWalk:
+        def __init__(self, evaluate, num_warmup): ...   # keep both, and settings = {}
+        def start(self, q, numbers): return Walk(init(self.evaluate, q), q.new_ones(1)), 1
+        def warm(self, t, carry, numbers): return self.move(carry, numbers)     # and adapt the scale
+        def freeze(self, carry, numbers): return carry
+        def move(self, carry, numbers): return carry._replace(state=...), Info(...)
+        def state(self, carry): return carry.state
+        def step_size(self, carry): return carry.scale
+
+    evaluate = value_and_grad(log_density, chain_batch=chain_batch, compile=compile)
+    run, carry = drive("walk.run", RandomWalk(evaluate, num_warmup), evaluate, initial, num_draws=num_draws, ...)
+    return run._replace(inverse_mass=...)
+
+All random numbers come from `numbers`, whose streams are saved with the carry; a program keeps no state of its own
+between calls and does not read the clock. The frozen parameters stay in the carry as they are.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from bayesdl import _checks
-from bayesdl._random import Seed, Streams, child_seeds, generator
-from bayesdl.errors import NumericalError, SettingError, ShapeError, fail
-from bayesdl.samplers import adaptation
-from bayesdl.samplers.adaptation import Moments
-from bayesdl.samplers.base import (
-    LogDensityFn,
-    Run,
-    ValueAndGrad,
-    check_initial,
-    check_log_density,
-    value_and_grad,
-)
-from bayesdl.samplers.hamiltonian import Metric, Parameters, State, dense_metric, diagonal_metric, init
+from bayesdl._random import Seed, root_seed
+from bayesdl.errors import ConvergenceWarning, NumericalError, fail
+from bayesdl.samplers._checkpoint import Checkpoint, Saved, fingerprint
+from bayesdl.samplers._gradients import ValueAndGradient
+from bayesdl.samplers._numbers import Numbers
+from bayesdl.samplers._record import Record
+from bayesdl.samplers.base import Run, check_initial, check_log_density
+from bayesdl.samplers.hamiltonian import State
 from bayesdl.samplers.progress import Progress
 
-# What a move reports: at least acceptance_rate, diverging and energy (*g, C), num_steps, and num_gradients (a number).
-# What it obeys: at least step_size and metric, as in `Parameters`.
-Move: TypeAlias = Callable[[State, Any], tuple[State, Any]]
+__all__ = ["Numbers", "Program", "drive"]
 
 
-class Numbers:
-    """All random numbers of a run: a stream for each chain, one for the lengths, and one per chain for the searches."""
+class Program(Protocol):
+    """One sampler as the loop sees it, for positions q (*g, C, D).
 
-    def __init__(self, seed: Seed, q: Tensor) -> None:
-        chain_seed, length_seed, search_seed = child_seeds(seed, 3)
-        self._like = q
-        self._wide = torch.empty(0, dtype=torch.float64, device=q.device)
-        self._chains = Streams(chain_seed, q.shape[-2], q.device)
-        self._searches = Streams(search_seed, q.shape[-2], q.device)
-        self._lengths = generator(length_seed)
-
-    def momentum(self) -> Tensor:
-        """Standard normal numbers (C, D)."""
-        return self._chains.normal(self._like.shape[-1], like=self._like)
-
-    def uniform(self) -> Tensor:
-        """Numbers on [0, 1) in the dtype of the positions, (C)."""
-        return self._chains.uniform(like=self._like)
-
-    def wide_uniform(self) -> Tensor:
-        """Numbers on [0, 1) in float64, (C)."""
-        return self._chains.uniform(like=self._wide)
-
-    def length(self, longest: int) -> int:
-        """A whole number from ceil(longest / 2) to `longest`, for all chains."""
-        return int(torch.randint(-(-longest // 2), longest + 1, (), generator=self._lengths))
-
-    def search(self) -> Tensor:
-        """Standard normal numbers (C, D), from a stream that transitions do not touch."""
-        return self._searches.normal(self._like.shape[-1], like=self._like)
-
-
-class Tuner(Protocol):
-    """What a sampler adapts beyond step size and metric, once the chains share a step size."""
-
-    def start(self, parameters: Any) -> Any:
-        """The parameters with which to begin."""
-
-    def observe(self, before: State, info: Any, parameters: Any, moments: Moments) -> Any:
-        """The parameters after one more transition; `moments` are those of the window so far."""
-
-    def restart(self, moments: Moments, parameters: Any) -> Any:
-        """The parameters to go on with under a new metric, which came from `moments`."""
-
-    def finish(self, parameters: Any) -> Any:
-        """The parameters to freeze."""
-
-
-class Plan(NamedTuple):
-    """How a run adapts and how long it is.
+    An info says what happened in a transition: acceptance_rate, diverging and energy, tensors (*g, C); num_steps, a
+    tensor or a number; num_gradients, a number per chain, with those that adaptation spent. Where it has `stats`, a
+    mapping of names to tensors (*g, C), they become statistics of the draws too.
 
     Attributes:
         num_warmup: Transitions that adapt.
-        num_draws: Draws kept.
-        thin: Transitions per kept draw.
-        target_accept: Mean acceptance rate that the step size is adapted to.
-        metric: "diagonal", "dense" or "identity".
-        pool: The acceptance rate (*g, 1) of chains (*g, C) that share a step size.
-        tuner: Further adaptation. With it the chains share a step size from the first window on, else after the last.
+        settings: What makes this run what it is, besides what the loop knows: numbers, strings, tensors, None.
     """
 
     num_warmup: int
-    num_draws: int
-    thin: int
-    target_accept: float
-    metric: str
-    pool: Callable[[Tensor, Tensor], Tensor] = lambda rate, diverging: rate.mean(-1, keepdim=True)
-    tuner: Tuner | None = None
-    full_covariance: bool = False
+    settings: Mapping[str, Any]
+
+    def start(self, q: Tensor, numbers: Numbers) -> tuple[Any, float]:
+        """The first carry, and the gradients spent on it per chain."""
+
+    def warm(self, t: int, carry: Any, numbers: Numbers) -> tuple[Any, Any]:
+        """Transition t of warm-up with its adaptation: carry and info."""
+
+    def freeze(self, carry: Any, numbers: Numbers) -> Any:
+        """The carry with which to sample; called once, after warm-up or what the budget left of it."""
+
+    def move(self, carry: Any, numbers: Numbers) -> tuple[Any, Any]:
+        """One transition with everything frozen: carry and info."""
+
+    def state(self, carry: Any) -> State:
+        """Where the chains are."""
+
+    def step_size(self, carry: Any) -> Tensor:
+        """The step sizes, (*g, 1) or (*g, C)."""
 
 
-def run_chains(
+class _Place(NamedTuple):
+    """How far a run has come."""
+
+    carry: Any
+    num_warm: int
+    frozen: bool
+    num_moves: int
+    spent: float
+    since: Any
+    warm_spent: float
+    warm_seconds: float
+
+
+class _Since(NamedTuple):
+    """What happened since the last kept draw, and the energy (*g, C) after the last transition."""
+
+    acceptance_rate: Any
+    diverging: Any
+    num_steps: Any
+    stats: dict[str, Tensor]
+    energy: Any
+
+
+def drive(
     where: str,
-    log_density: LogDensityFn,
+    program: Program,
+    evaluate: ValueAndGradient,
     initial: Tensor,
-    plan: Plan,
-    make_move: Callable[[ValueAndGrad, Numbers], Move],
-    make_parameters: Callable[[Tensor, Metric], Any] = Parameters,
     *,
-    step_size: float | Tensor | None,
-    inverse_mass: Tensor | None,
-    seed: Seed,
-    progress: bool,
-    description: str,
+    num_warmup: int,
+    num_draws: int,
+    thin: int = 1,
+    seed: Seed = 0,
+    progress: bool = False,
+    description: str = "",
+    checkpoint: str | os.PathLike[str] | None = None,
+    max_gradients: float | None = None,
 ) -> tuple[Run, Any]:
-    """Adapt, then draw with everything frozen; see `hmc.run`. Returns the run and the frozen parameters."""
+    """Adapt, then draw with everything frozen; see `hmc.run` for the settings.
+
+    Returns:
+        The run, with an inverse mass of ones for the caller to replace, and the last carry.
+    """
     began = time.perf_counter()
-    _check_plan(where, plan)
+    _checks.at_least(where, "num_warmup", num_warmup, 0, integer=True)
+    _checks.at_least(where, "num_draws", num_draws, 1, integer=True)
+    _checks.at_least(where, "thin", thin, 1, integer=True)
+    if max_gradients is not None:
+        _checks.at_least(where, "max_gradients", max_gradients, 1)
     check_initial(where, initial)
-    check_log_density(where, log_density, initial)
-    evaluate = value_and_grad(log_density)
-    state = init(evaluate, initial.detach())
-    numbers = Numbers(seed, state.q)
-    first = _given_step_size(where, 1.0 if step_size is None else step_size, state.q)
-    parameters = make_parameters(first, _initial_metric(where, plan.metric, inverse_mass, state.q))
-    move, search = make_move(evaluate, numbers), _Search(evaluate, numbers)
-    if step_size is None:
-        parameters = search(state, parameters)
-    bar = Progress(plan.num_warmup + plan.num_draws * plan.thin, description, progress)
-    try:
-        state, parameters, spent = _warm_up(plan, move, search, state, parameters, bar)
-        _check_alive(where, state)
-        draws, stats, more = _draw(plan, move, state, parameters, bar)
-    finally:
-        bar.close()
-    if draws.is_cuda:
-        torch.cuda.synchronize(draws.device)
-    seconds = time.perf_counter() - began
-    num_gradients = -int(-(1 + search.spent + spent + more) // 1)
-    frozen = parameters.step_size.squeeze(-1)
-    return Run(draws, stats, frozen, parameters.metric.inverse_mass, num_gradients, seconds), parameters
+    q = initial.detach()
+    at_initial = check_log_density(where, evaluate.log_density, q)
+    root = None if seed is None else root_seed(seed)
+    course = _Course(where, program, Numbers(root, q), Record(q, num_draws), num_draws, thin, max_gradients, began)
+    if checkpoint is not None:
+        settings = {"sampler": where, "num_warmup": num_warmup, "num_draws": num_draws, "thin": thin, "seed": root}
+        settings |= {"max_gradients": max_gradients, "initial": q, "device": q.device.type, **program.settings}
+        course.file = Checkpoint(where, checkpoint, fingerprint(settings), at_initial)
+    saved = None if course.file is None else course.file.load(q.device)
+    if saved is not None:
+        course.resume(saved)
+    if saved is None or not saved.finished:
+        course.go(q, Progress(num_warmup + num_draws * thin, description, progress))
+    return course.result(), course.carry
 
 
-class _Search:
-    """Finds step sizes of the right order, one per chain, and counts the gradients that it spends."""
+class _Course:
+    """A run under way."""
 
-    def __init__(self, evaluate: ValueAndGrad, numbers: Numbers) -> None:
-        self._evaluate, self._numbers, self.spent = evaluate, numbers, 0
+    def __init__(
+        self,
+        where: str,
+        program: Program,
+        numbers: Numbers,
+        record: Record,
+        num_draws: int,
+        thin: int,
+        max_gradients: float | None,
+        began: float,
+    ) -> None:
+        self._where, self._program, self._numbers, self._record = where, program, numbers, record
+        self._num_draws, self._thin = num_draws, thin
+        self._budget = math.inf if max_gradients is None else max_gradients
+        self._began = began
+        self.file: Checkpoint | None = None
+        self.carry: Any = None
+        self._num_warm, self._frozen, self._num_moves, self._spent = 0, False, 0, 0.0
+        self._since = _Since(0.0, False, 0, {}, None)
+        self._warm_spent, self._warm_seconds = 0.0, 0.0
 
-    def __call__(self, state: State, parameters: Any) -> Any:
-        step_size, spent = adaptation.find_step_size(
-            self._evaluate, *state, parameters.metric, self._numbers.search(), parameters.step_size
+    def resume(self, saved: Saved) -> None:
+        """Take up what a checkpoint held."""
+        place, streams = saved.tree["place"], saved.tree["numbers"]
+        self.carry, self._num_warm, self._frozen, self._num_moves, self._spent, self._since = place[:6]
+        self._warm_spent, self._warm_seconds = place[6:]
+        self._numbers.load(streams)
+        for part in saved.parts:
+            self._record.extend(part)
+        self._began -= saved.seconds
+
+    def go(self, q: Tensor, bar: Progress) -> None:
+        """From wherever the run is to its end."""
+        try:
+            if self.carry is None:
+                self.carry, self._spent = self._program.start(q, self._numbers)
+            bar.skip(self._num_warm + self._num_moves)
+            if not self._frozen:
+                self._warm_up(bar)
+            self._draw(bar)
+        finally:
+            bar.close()
+        if q.is_cuda:
+            torch.cuda.synchronize(q.device)
+        self._save(finished=True)
+
+    def result(self) -> Run:
+        """The run so far."""
+        stats = {name: column.contiguous() for name, column in self._record.columns().items()}
+        draws, step_size = stats.pop("draws"), self._program.step_size(self.carry)
+        frozen = step_size.squeeze(-1) if step_size.shape[-1] == 1 else step_size
+        spent = math.ceil(self._spent - 1e-6)  # a mean over chains, summed up with rounding
+        seconds = time.perf_counter() - self._began
+        stopped_by = "num_draws" if len(self._record) == self._num_draws else "max_gradients"
+        return Run(
+            *(draws, stats, frozen, torch.ones_like(draws[..., 0, 0, :]), spent, seconds, None, stopped_by),
+            warmup_gradients=math.ceil(self._warm_spent - 1e-6),
+            warmup_seconds=self._warm_seconds,
         )
-        self.spent += spent
-        return parameters._replace(step_size=step_size)
 
+    def _warm_up(self, bar: Progress) -> None:
+        program = self._program
+        while self._num_warm < program.num_warmup and self._spent < self._budget:
+            self.carry, info = program.warm(self._num_warm, self.carry, self._numbers)
+            self._num_warm += 1
+            self._spent += info.num_gradients
+            bar.update(program.step_size(self.carry), info.acceptance_rate, info.diverging, warmup=True)
+            if self.file is not None and self.file.due():
+                self._save(finished=False)
+        if self._num_warm < program.num_warmup:
+            warnings.warn(
+                f"{self._where}: max_gradients ended warm-up after {self._num_warm} of {program.num_warmup} "
+                "transitions: raise it, or lower num_warmup",
+                ConvergenceWarning,
+                stacklevel=5,
+            )
+        self.carry = program.freeze(self.carry, self._numbers)
+        self._frozen = True
+        self._warm_spent, self._warm_seconds = self._spent, time.perf_counter() - self._began
+        state = program.state(self.carry)
+        _check_alive(self._where, state)
+        unknown = torch.full(state.log_density.shape, torch.nan, dtype=torch.float64, device=state.q.device)
+        self._since = self._since._replace(energy=unknown)
 
-def _warm_up(
-    plan: Plan, move: Move, search: _Search, state: State, parameters: Any, bar: Progress
-) -> tuple[State, Any, float]:
-    """The chains after warm-up, the parameters to freeze, and the gradients spent on transitions."""
-    windows = adaptation.slow_windows(plan.num_warmup)
-    ends = {end for _, end in windows}
-    stop = windows[-1][1] if windows else 0
-    together = windows[0][0] if windows and plan.tuner is not None else stop
-    dense = parameters.metric.dense or plan.full_covariance
-    averaging = adaptation.start_dual_averaging(parameters.step_size)
-    moments = adaptation.start_moments(state.q, dense)
-    spent = 0.0
-    for t in range(plan.num_warmup):
-        if t == together:
-            parameters = _pool(parameters, state)
-            averaging = adaptation.start_dual_averaging(parameters.step_size)
-            parameters = parameters if plan.tuner is None else plan.tuner.start(parameters)
-        before = state
-        state, info = move(state, parameters)
-        spent += info.num_gradients
-        bar.update(parameters.step_size, info.acceptance_rate, info.diverging, warmup=True)
-        rate = plan.pool(info.acceptance_rate, info.diverging) if t >= together else info.acceptance_rate
-        averaging = adaptation.dual_average(averaging, rate, plan.target_accept)
-        parameters = parameters._replace(step_size=averaging.log_step_size.exp().to(state.q))
-        if windows and windows[0][0] <= t < stop:
-            moments = adaptation.add_to_moments(moments, state.q)
-        if plan.tuner is not None and t >= together:
-            parameters = plan.tuner.observe(before, info, parameters, moments)
-        if t + 1 not in ends:
-            continue
-        if plan.metric != "identity":
-            parameters = parameters._replace(metric=adaptation.estimate_metric(moments, parameters.metric))
-        parameters = search(state, parameters)
-        if t + 1 >= together:
-            parameters = _pool(parameters, state)
-        if plan.tuner is not None:
-            parameters = plan.tuner.restart(moments, parameters)
-        averaging = adaptation.start_dual_averaging(parameters.step_size)
-        moments = adaptation.start_moments(state.q, dense)
-    if plan.num_warmup:
-        parameters = parameters._replace(step_size=averaging.log_average.exp().to(state.q))
-        parameters = parameters if plan.tuner is None else plan.tuner.finish(parameters)
-    return state, _pool(parameters, state), spent
+    def _draw(self, bar: Progress) -> None:
+        program, numbers, record, thin = self._program, self._numbers, self._record, self._thin
+        while len(record) < self._num_draws and (self._spent < self._budget or len(record) == 0):
+            before = self._since
+            self.carry, info = program.move(self.carry, numbers)
+            self._num_moves += 1
+            self._spent += info.num_gradients
+            self._since = _add(before, info, thin)
+            step_size = program.step_size(self.carry)
+            if self._num_moves % thin == 0 or (self._spent >= self._budget and len(record) == 0):
+                state, since = program.state(self.carry), self._since
+                row = {"draws": state.q, "log_density": state.log_density, "energy": since.energy}
+                row |= {"energy_change": since.energy - before.energy, "acceptance_rate": since.acceptance_rate}
+                row |= {"diverging": since.diverging, "num_steps": since.num_steps, "step_size": step_size}
+                record.add({**row, **since.stats})
+                self._since = _Since(0.0, False, 0, {}, since.energy)
+            bar.update(step_size, info.acceptance_rate, info.diverging, warmup=False)
+            if self.file is not None and self.file.due():
+                self._save(finished=False)
 
-
-def _pool(parameters: Any, state: State) -> Any:
-    """One step size for all chains of a group."""
-    if parameters.step_size.shape[-1] == 1:
-        return parameters
-    counts = state.log_density.isfinite()
-    return parameters._replace(step_size=adaptation.pool_step_sizes(parameters.step_size, counts))
-
-
-def _draw(
-    plan: Plan, move: Move, state: State, parameters: Any, bar: Progress
-) -> tuple[Tensor, dict[str, Tensor], float]:
-    """Draws, statistics, and the gradients spent per chain; the parameters stay as they are."""
-    chains, num_draws = state.log_density.shape, plan.num_draws
-    wide = {"dtype": torch.float64, "device": state.q.device}
-    whole = {"dtype": torch.int64, "device": state.q.device}
-    draws = state.q.new_empty(*chains, num_draws, state.q.shape[-1])
-    stats = {
-        "log_density": state.log_density.new_empty(*chains, num_draws),
-        "energy": torch.empty(*chains, num_draws, **wide),
-        "energy_change": torch.empty(*chains, num_draws, **wide),
-        "acceptance_rate": torch.zeros(*chains, num_draws, **wide),
-        "diverging": torch.zeros(*chains, num_draws, dtype=torch.bool, device=state.q.device),
-        "num_steps": torch.zeros(*chains, num_draws, **whole),
-        "step_size": parameters.step_size.unsqueeze(-1).expand(*chains, num_draws).contiguous(),
-    }
-    current = torch.full(chains, torch.nan, **wide)
-    spent = 0.0
-    for i in range(num_draws):
-        for _ in range(plan.thin):
-            previous = current
-            state, info = move(state, parameters)
-            current = info.energy
-            spent += info.num_gradients
-            stats["acceptance_rate"][..., i] += info.acceptance_rate / plan.thin
-            stats["diverging"][..., i] |= info.diverging
-            stats["num_steps"][..., i] += info.num_steps
-            if hasattr(info, "tree_depth"):
-                depths = stats.setdefault("tree_depth", torch.zeros(*chains, num_draws, **whole))
-                depths[..., i] = torch.maximum(depths[..., i], info.tree_depth)
-            bar.update(parameters.step_size, info.acceptance_rate, info.diverging, warmup=False)
-        draws[..., i, :] = state.q
-        stats["log_density"][..., i] = state.log_density
-        stats["energy"][..., i] = current
-        stats["energy_change"][..., i] = current - previous
-    return draws, stats, spent
-
-
-def _check_plan(where: str, plan: Plan) -> None:
-    _checks.at_least(where, "num_warmup", plan.num_warmup, 0, integer=True)
-    _checks.at_least(where, "num_draws", plan.num_draws, 1, integer=True)
-    _checks.at_least(where, "thin", plan.thin, 1, integer=True)
-    _checks.inside(where, "target_accept", plan.target_accept, 0, 1)
-    _checks.choice(where, "metric", plan.metric, ("diagonal", "dense", "identity"))
-
-
-def _initial_metric(where: str, kind: str, inverse_mass: Tensor | None, q: Tensor) -> Metric:
-    if kind == "identity" and inverse_mass is not None:
-        fail(
-            SettingError,
-            where,
-            'metric="identity" takes no inverse_mass.',
-            got=f"inverse_mass of shape {tuple(inverse_mass.shape)}",
-            fix='metric="diagonal", num_warmup=0 keeps a given inverse mass as it is',
+    def _save(self, *, finished: bool) -> None:
+        if self.file is None:
+            return
+        place = _Place(
+            *(self.carry, self._num_warm, self._frozen, self._num_moves, self._spent, self._since),
+            *(self._warm_spent, self._warm_seconds),
         )
-    dim = q.shape[-1]
-    groups = tuple(q.shape[:-2])
-    shape = (*groups, dim, dim) if kind == "dense" else (*groups, dim)
-    if inverse_mass is None:
-        inverse_mass = torch.eye(dim).to(q) if kind == "dense" else q.new_ones(dim)
-    try:
-        inverse_mass = inverse_mass.detach().to(q).expand(shape).contiguous()
-    except RuntimeError:
-        got = str(tuple(inverse_mass.shape))
-        fail(ShapeError, where, f"inverse_mass must have shape {shape}.", got=got, fix="one per group and coordinate")
-    return dense_metric(inverse_mass) if kind == "dense" else diagonal_metric(inverse_mass)
+        tree = {"place": place, "numbers": self._numbers.state()}
+        seconds = time.perf_counter() - self._began
+        self.file.save(tree, len(self._record), self._record.part, finished=finished, seconds=seconds)
 
 
-def _given_step_size(where: str, step_size: float | Tensor, q: Tensor) -> Tensor:
-    value = torch.as_tensor(step_size).detach().to(q)
-    groups = tuple(q.shape[:-2])
-    if value.ndim and tuple(value.shape) != groups:
-        wanted = f"step_size must be a number or have shape {groups}, one per group."
-        fail(ShapeError, where, wanted, got=str(tuple(value.shape)), fix="pass one number")
-    if not bool(((value > 0) & value.isfinite()).all()):
-        fail(SettingError, where, "step_size must be positive.", got=str(step_size), fix="None searches for one")
-    return value.expand(groups).unsqueeze(-1).clone()
+def _add(since: _Since, info: Any, thin: int) -> _Since:
+    """One more transition since the last kept draw: mean acceptance, any divergence, all steps.
+
+    Of further statistics: whether any was true, the greatest whole number, the mean of other numbers.
+    """
+    stats = dict(getattr(info, "stats", None) or {})
+    if thin == 1:
+        return _Since(info.acceptance_rate.double(), info.diverging, info.num_steps, stats, info.energy)
+    for name, value in stats.items():
+        if value.is_floating_point():
+            stats[name] = since.stats.get(name, 0.0) + value / thin
+        elif name in since.stats:
+            stats[name] = torch.maximum(since.stats[name], value)
+    rate = since.acceptance_rate + info.acceptance_rate.double() / thin
+    return _Since(rate, since.diverging | info.diverging, since.num_steps + info.num_steps, stats, info.energy)
 
 
 def _check_alive(where: str, state: State) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bayesdl.samplers.hamiltonian import Metric
 
-_HALVINGS = 45  # of an interval of 80 e-folds: the increment is found to 1 part in 10^11
+FOLDS = 4  # parts of an island, each moved by a metric of the others
+_HALVINGS = 35  # of an interval of 80 e-folds: the increment is found to 1 part in 10^8
 _SMALLEST = 1e-14  # an increment below it would not show in a temperature near 1
 
 
@@ -41,7 +42,7 @@ def largest_increment(ratio: Tensor, room: Tensor, ess_target: float) -> Tensor:
     `ess_target` times the number of particles that have a density at all. As the particles were equally weighted
     before, this is also their conditional effective sample size (Zhou, Johansen & Aston 2016, arXiv 1303.3123).
 
-    Cost: O(N) for each of 45 halvings, without a wait for the device.
+    Cost: O(N) for each of 35 halvings, without a wait for the device.
     """
     wanted = ess_target * (ratio > -torch.inf).sum(-1)
     high = room.clamp(min=_SMALLEST).log()
@@ -73,24 +74,33 @@ def systematic(log_weight: Tensor, offset: Tensor) -> Tensor:
     return torch.searchsorted(edges.contiguous(), places.contiguous(), right=True)
 
 
-def weighted_metric(q: Tensor, log_weight: Tensor, current: Metric) -> Metric:
-    r"""The covariance S of weighted particles q (*i, N, D) as inverse mass: n/(n+5) S + 5/(n+5) of the current one.
+def fold(x: Tensor) -> Tensor:
+    """Particles (*i, N, D) as (*i, folds, N / folds, D); neighbours, hence families, stay together."""
+    return x.unflatten(-2, (FOLDS, -1))
 
-    n is the effective sample size. An island whose estimate is not positive definite keeps its current metric.
+
+def metric_of_others(q: Tensor, current: Metric) -> Metric:
+    r"""For every fold of q (*i, N, D) the covariance of the particles outside it as inverse mass, (*i, folds, ...).
+
+    Shrunk towards the current one as n/(n+5) S + 5/(n+5) current, n the number of particles outside the fold. A metric
+    that depends on the very particles that it moves would bias them: a particle far out stretches the covariance in its
+    own direction and is thrown further (by 1.5 % of the variance for 20 coordinates and 512 particles, which
+    accumulates over the stages). A fold whose estimate is not positive definite keeps its current metric.
     """
-    weight = torch.softmax(log_weight, -1)
-    centred = q.double() - (weight.unsqueeze(-2) @ q.double())
-    unbiased = (1 - weight.square().sum(-1)).clamp(min=1e-12)
-    scaled = centred * (weight / unbiased.unsqueeze(-1)).unsqueeze(-1)
-    n = effective_size(log_weight)
-    share = (n / (n + 5)).unsqueeze(-1)
+    parts = fold(q.double() - q.double().mean(-2, keepdim=True))
+    count = parts.shape[-2]
+    sums = parts.sum(-2)
+    squares = parts.mT @ parts if current.dense else parts.square().sum(-2)
+    n = count * (FOLDS - 1)
+    mean = (sums.sum(-2, keepdim=True) - sums) / n
+    others = squares.sum(-3 if current.dense else -2, keepdim=True) - squares
+    product = mean.unsqueeze(-1) * mean.unsqueeze(-2) if current.dense else mean.square()
+    covariance = (others - n * product) / (n - 1)
+    estimate = (covariance * (n / (n + 5)) + current.inverse_mass.double() * (5 / (n + 5))).to(current.inverse_mass)
     if not current.dense:
-        estimate = share * (scaled * centred).sum(-2) + (1 - share) * current.inverse_mass.double()
         usable = (estimate.isfinite() & (estimate > 0)).all(-1, keepdim=True)
-        inverse_mass = torch.where(usable, estimate.to(current.inverse_mass), current.inverse_mass)
-        return Metric(inverse_mass, inverse_mass.sqrt(), dense=False)
-    share = share.unsqueeze(-1)
-    estimate = (share * (scaled.mT @ centred) + (1 - share) * current.inverse_mass.double()).to(current.inverse_mass)
+        estimate = torch.where(usable, estimate, current.inverse_mass)
+        return Metric(estimate, estimate.sqrt(), dense=False)
     root, info = torch.linalg.cholesky_ex(estimate)
     usable = ((info == 0) & estimate.isfinite().all(-1).all(-1))[..., None, None]
     return Metric(

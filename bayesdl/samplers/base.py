@@ -3,6 +3,22 @@ r"""What every sampler shares: the result of a run, the gradient of a log densit
 A log density is any callable that maps positions q (*g, C, D) to values (*g, C): C chains of D coordinates, in *g
 independent groups. It is unnormalised, unconstrained, differentiable by autograd, and natively batched, so that one
 backward pass of the sum gives the gradient of every chain (a chain must not read the positions of another).
+
+Four settings every sampler has:
+
+- `checkpoint`, a folder. The run writes its state, its random streams and its draws there every few seconds (or less
+  often, so that writing takes at most a twentieth of the time), and at its end. Called again with the same settings
+  after it was killed, it goes on from there and makes the same draws, bit for bit, on the same kind of machine; once
+  it is over it hands back what is there without computing a gradient. A folder of a run with other settings is refused,
+  and so is one whose log density has other values at the initial positions. One process at a time may use a folder.
+- `max_gradients`, a budget of gradient evaluations per chain, warm-up and step-size searches included. No transition
+  begins once it is spent, but for the one that gives the first draw, and `Run.stopped_by` says so. A budget that ends
+  within warm-up leaves parameters that are not adapted well, and warns. The stochastic-gradient samplers count passes
+  over all data.
+- `chain_batch`: the log density is evaluated for at most this many chains at a time, which bounds the memory; the draws
+  are the same up to rounding.
+- `compile`: value and gradient go through torch.compile as one graph, for any number of chains. It pays where the log
+  density consists of many small operations, costs some seconds at the first call, and changes draws by rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +30,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import DtypeError, NumericalError, SettingError, ShapeError, fail
+from bayesdl.samplers._gradients import ValueAndGradient
 
 LogDensityFn: TypeAlias = Callable[[Tensor], Tensor]
 ValueAndGrad: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -33,8 +50,12 @@ class Run(NamedTuple):
         inverse_mass: The frozen inverse mass matrix, (*g, D) for a diagonal, (*g, D, D) for a dense one.
         num_gradients: Gradient evaluations per chain: warm-up, the searches of the step size and sampling. For NUTS
             the mean over chains, rounded up, with those that a chain computes in vain beside longer trees.
-        seconds: Wall-clock time of the whole run.
+        seconds: Wall-clock time of the whole run; of all its parts, where it was interrupted and resumed.
         trajectory_length: The frozen longest integration time of ChEES-HMC, (*g); None for other samplers.
+        stopped_by: "num_draws", or "max_gradients" where that budget was spent first.
+        log_evidence: Log normalising constant of the density, (*g), for samplers that estimate it; None for others.
+        warmup_gradients: How many of `num_gradients` warm-up took.
+        warmup_seconds: How many of `seconds`.
     """
 
     draws: Tensor
@@ -44,24 +65,30 @@ class Run(NamedTuple):
     num_gradients: int
     seconds: float
     trajectory_length: Tensor | None = None
+    stopped_by: str = "num_draws"
+    log_evidence: Tensor | None = None
+    warmup_gradients: int = 0
+    warmup_seconds: float = 0.0
 
 
-def value_and_grad(log_density: LogDensityFn) -> ValueAndGrad:
+def value_and_grad(
+    log_density: LogDensityFn, *, chain_batch: int | None = None, compile: bool = False
+) -> ValueAndGradient:
     """The log density and its gradient at q (*g, C, D), by one backward pass of the sum.
 
     Components of the gradient that are not finite become 0. An integrator driven by any fixed field stays reversible
     and volume preserving, so the accept step keeps the target exact, and no position ever turns into NaN, which the
     argument checks of torch.distributions and LAPACK would answer with an exception for all chains at once.
+
+    Args:
+        log_density: Maps positions (*g, C, D) to values (*g, C).
+        chain_batch: Chains that are evaluated at a time, which bounds the memory; all for None.
+        compile: Send value and gradient through torch.compile.
+
+    Raises:
+        SettingError: `chain_batch` is no whole number above 0.
     """
-
-    def evaluate(q: Tensor) -> tuple[Tensor, Tensor]:
-        q = q.detach().requires_grad_(True)
-        with torch.enable_grad():
-            value = log_density(q)
-        (grad,) = torch.autograd.grad(value.sum(), q)
-        return value.detach(), grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-    return evaluate
+    return ValueAndGradient(log_density, chain_batch, compile)
 
 
 def check_initial(where: str, initial: Tensor) -> None:
@@ -88,8 +115,12 @@ def check_initial(where: str, initial: Tensor) -> None:
         )
 
 
-def check_log_density(where: str, log_density: LogDensityFn, q: Tensor) -> None:
-    """Refuse a log density whose value at q (*g, C, D) is no differentiable (*g, C), or nowhere finite in a group."""
+def check_log_density(where: str, log_density: LogDensityFn, q: Tensor) -> Tensor:
+    """Refuse a log density whose value at q (*g, C, D) is no differentiable (*g, C), or nowhere finite in a group.
+
+    Returns:
+        The value, (*g, C).
+    """
     with torch.enable_grad():
         value = log_density(q.detach().requires_grad_(True))
     wanted = tuple(q.shape[:-1])
@@ -120,6 +151,7 @@ def check_log_density(where: str, log_density: LogDensityFn, q: Tensor) -> None:
             got=f"NaN or infinity at all {wanted[-1]} initial points{groups}",
             fix="pass other initial positions, or look for overflow and for positions outside the support",
         )
+    return value.detach()
 
 
 def e_bfmi(run: Run) -> Tensor:
@@ -145,7 +177,7 @@ def summarize(run: Run) -> dict[str, Any]:
 
     Returns:
         "divergences" (draws with a divergent transition, all chains), "acceptance_rate" (mean), "e_bfmi" (a list, one
-        value per chain), "step_size", "num_gradients" (per chain) and "seconds".
+        value per chain), "step_size", "num_gradients" (per chain), "stopped_by" and "seconds".
     """
     return {
         "divergences": run.stats["diverging"].sum((-2, -1)).tolist(),
@@ -153,5 +185,6 @@ def summarize(run: Run) -> dict[str, Any]:
         "e_bfmi": e_bfmi(run).tolist(),
         "step_size": run.step_size.tolist(),
         "num_gradients": run.num_gradients,
+        "stopped_by": run.stopped_by,
         "seconds": run.seconds,
     }

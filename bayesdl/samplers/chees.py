@@ -11,7 +11,8 @@ by Adam on log T. In coordinates whitened by the metric, |x|^2 = x' M x, its slo
 
 each chain weighted by its acceptance probability. With a diagonal metric the criterion settles on the length that suits
 the many well-scaled directions, so T never falls below (pi/2) sqrt(lambda_max) of the covariance of the whitened
-positions, the quarter period of the widest one (for at most 500 coordinates; above, the criterion stands alone).
+positions, the quarter period of the widest one. Above 500 coordinates that is measured in the direction in which half
+of the positions vary most, by the other half, and the metric is a low-rank one.
 
 References: Hoffman, Radul, Sountsov (2021), An adaptive-MCMC scheme for setting trajectory lengths in HMC, AISTATS;
 the floor is that of BlackJAX.
@@ -20,6 +21,8 @@ the floor is that of BlackJAX.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,17 +30,20 @@ from torch import Tensor
 
 from bayesdl import _checks
 from bayesdl._random import Seed
-from bayesdl.samplers import adaptation
-from bayesdl.samplers._chains import Move, Numbers, Plan, run_chains
+from bayesdl.samplers import adaptation, hamiltonian, nuts
+from bayesdl.samplers._adapted import Adapted, Move, Plan
+from bayesdl.samplers._chains import Numbers, drive
+from bayesdl.samplers._low_rank import largest_variance
 from bayesdl.samplers.adaptation import Moments
-from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad
+from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad, value_and_grad
 from bayesdl.samplers.hamiltonian import Metric, State, init, leapfrog, metropolis
 
 __all__ = ["MAX_DENSE", "Info", "Parameters", "State", "init", "run", "step"]
 
 MAX_DENSE = 500  # coordinates up to which covariances are kept whole
 _LEARNING_RATE, _DECAY, _MAX_CHANGE = 0.025, 0.95, 0.35
-_TRAVEL = 10  # longest trajectory, in steps, before trajectory lengths adapt
+_TRAVEL = 10  # steps of the first trajectories, where no window has given a floor
+_TRAVEL_DEPTH = 6  # of the trees by which chains travel at first
 
 
 class Parameters(NamedTuple):
@@ -97,7 +103,7 @@ def run(
     num_draws: int,
     max_steps: int = 1000,
     target_accept: float = 0.651,
-    metric: Literal["auto", "diagonal", "dense", "identity"] = "auto",
+    metric: Literal["auto", "diagonal", "dense", "low-rank", "identity"] = "auto",
     step_size: float | Tensor | None = None,
     inverse_mass: Tensor | None = None,
     trajectory_length: float | Tensor | None = None,
@@ -105,13 +111,16 @@ def run(
     seed: Seed = 0,
     progress: bool = False,
     description: str = "ChEES-HMC",
+    checkpoint: str | os.PathLike[str] | None = None,
+    max_gradients: float | None = None,
+    chain_batch: int | None = None,
+    compile: bool = False,
 ) -> Run:
     r"""Adapt, then draw: `num_warmup` transitions, then `num_draws * thin` with everything frozen.
 
-    Made for many chains, 16 or more: they are what the trajectory length and a dense metric are learned from. Warm-up
-    first lets the chains travel, each with a step size of its own; then they share one, adapted to the harmonic mean of
-    their acceptance rates, and T and the metric follow in windows. The groups of a run are independent, as in
-    `hmc.run`. With `num_warmup=0` and a given step size a chain does not depend on the others.
+    Made for 16 chains or more: T and a dense metric are learned from them. In warm-up the chains first travel, each
+    with a step size of its own; then they share one, adapted to the harmonic mean of their acceptance rates, and T and
+    the metric follow in windows. Groups are independent, and so are chains in the end, as in `hmc.run`.
 
     Args:
         log_density: Unnormalised, unconstrained, differentiable and batched: (*g, C, D) to (*g, C).
@@ -120,70 +129,78 @@ def run(
         num_draws: Draws kept per chain.
         max_steps: Longest trajectory in leapfrog steps.
         target_accept: Harmonic mean of the acceptance rates that the step size is adapted to, in (0, 1).
-        metric: "diagonal", "dense" or "identity"; "auto" takes "dense" for at most 500 coordinates, where the longest
-            window holds at least five positions for each.
-        step_size: Where the step size starts, a number or (*g); searched for when None.
-        inverse_mass: Where the inverse mass matrix starts, (*g, D), or (*g, D, D) for a dense metric; the identity
-            when None.
+        metric: "diagonal", "dense", "low-rank" or "identity"; "auto" takes "dense" for at most 500 coordinates, where
+            the longest window holds at least five positions for each, and else "low-rank".
+        step_size, inverse_mass: Where they start; see `hmc.run`.
         trajectory_length: T where it starts, in units of whitened time, a number or (*g); None starts from a few steps
             in warm-up and is pi/2 without one.
         thin: Keep every thin-th draw.
         seed: Every chain gets a stream of its own, the same whatever the number of chains.
-        progress: Show a bar on standard error.
-        description: Its label.
+        progress, description: Whether to show a bar on standard error, and its label.
+        checkpoint, max_gradients, chain_batch, compile: A folder to save to and resume from, a budget of gradients per
+            chain, how many chains to evaluate at a time, and whether by torch.compile; see `samplers.base`.
 
     Raises:
-        ShapeError: `initial` is not (*g, C, D), or `log_density` does not give one value per chain.
-        DtypeError: `initial` is not floating.
-        SettingError: A setting is out of range, or `log_density` carries no gradient.
-        NumericalError: `log_density` is nowhere finite at the initial points of a group, or some chain has still found
-            no finite value when warm-up ends.
+        ShapeError, DtypeError: `initial` is no floating (*g, C, D), or `log_density` gives no value per chain.
+        SettingError: A setting is out of range, `log_density` carries no gradient, or `checkpoint` is another run's.
+        StorageError: `checkpoint` is damaged or no folder of a run.
+        NumericalError: `log_density` is nowhere finite at the start of a group, or not for all chains after warm-up.
 
-    Cost: about T / (2 eps) gradients a transition; in warm-up O(C D^2) a transition and O(D^3) a window besides, for
-    at most 500 coordinates.
+    Cost: about T / (2 eps) gradients a transition; in warm-up O(C D^2) besides, O(D^3) a window, for D <= 500.
 
     Reference: Hoffman, Radul, Sountsov (2021), AISTATS.
     """
     _checks.at_least("chees.run", "max_steps", max_steps, 1, integer=True)
-    _checks.choice("chees.run", "metric", metric, ("auto", "diagonal", "dense", "identity"))
+    _checks.choice("chees.run", "metric", metric, ("auto", "diagonal", "dense", "low-rank", "identity"))
     _check_length(trajectory_length)
     kind = _metric_for(initial, num_warmup, inverse_mass) if metric == "auto" else metric
+    evaluate = value_and_grad(log_density, chain_batch=chain_batch, compile=compile)
     tuner = _TrajectoryTuner(fixed_start=trajectory_length is not None)
-
-    def make_parameters(first: Tensor, initial_metric: Metric) -> Parameters:
-        start = math.pi / 2 if trajectory_length is None else trajectory_length
-        length = torch.as_tensor(start).to(first).expand(first.shape[:-1]).clone()
-        return Parameters(first, initial_metric, length)
-
-    plan = Plan(num_warmup, num_draws, thin, target_accept, kind, _harmonic_mean, tuner, _whole(initial))
-    result, parameters = run_chains(
+    plan = Plan(num_warmup, target_accept, kind, step_size, inverse_mass, _harmonic_mean, tuner, _whole(initial))
+    settings = {"max_steps": max_steps, "trajectory_length": trajectory_length}
+    move, make_parameters = _moves(evaluate, max_steps), _parameters_from(trajectory_length)
+    program = Adapted("chees.run", evaluate, move, plan, settings, make_parameters)
+    result, carry = drive(
         "chees.run",
-        log_density,
+        program,
+        evaluate,
         initial,
-        plan,
-        lambda evaluate, numbers: _moves(evaluate, numbers, max_steps, tuner if num_warmup else None),
-        make_parameters,
-        step_size=step_size,
-        inverse_mass=inverse_mass,
+        num_warmup=num_warmup,
+        num_draws=num_draws,
+        thin=thin,
         seed=seed,
         progress=progress,
         description=description,
+        checkpoint=checkpoint,
+        max_gradients=max_gradients,
     )
-    return result._replace(trajectory_length=parameters.trajectory_length)
+    metric, length = carry.parameters.metric, carry.parameters.trajectory_length
+    return result._replace(inverse_mass=metric.inverse_mass, trajectory_length=length)
 
 
-def _moves(evaluate: ValueAndGrad, numbers: Numbers, max_steps: int, tuner: _TrajectoryTuner | None) -> Move:
-    """Short trajectories until the tuner has started, then those of `step` with the jitter of the sequence."""
-    count = 0
+def _parameters_from(trajectory_length: float | Tensor | None) -> Callable[[Tensor, Metric], Parameters]:
+    def make(step_size: Tensor, metric: Metric) -> Parameters:
+        start = math.pi / 2 if trajectory_length is None else trajectory_length
+        length = torch.as_tensor(start).to(step_size).expand(step_size.shape[:-1]).clone()
+        return Parameters(step_size, metric, length)
 
-    def move(state: State, parameters: Parameters) -> tuple[State, Info]:
-        nonlocal count
-        noise, uniform = numbers.momentum(), numbers.uniform()
-        if tuner is not None and not tuner.started:
-            length = state.q.new_full(state.q.shape[:-2], numbers.length(_TRAVEL), dtype=torch.int64)
-            return _follow(evaluate, state, parameters, noise, uniform, length, 1.0)
-        count += 1
-        return step(evaluate, state, parameters, noise, uniform, _halton(count), max_steps)
+    return make
+
+
+def _moves(evaluate: ValueAndGrad, max_steps: int) -> Move:
+    """Transitions of NUTS until the chains share a step size, then those of `step` with the jitter of the sequence.
+
+    A chain that is far from where it belongs, or beside a saddle, gets there by a long way downhill, of a length that
+    nobody knows yet.
+    """
+
+    def move(state: State, parameters: Parameters, numbers: Numbers, count: int) -> tuple[State, Info | nuts.Info]:
+        noise = numbers.momentum()
+        if count < 0:
+            shared = hamiltonian.Parameters(parameters.step_size, parameters.metric)
+            return nuts.step(evaluate, state, shared, noise, numbers.wide_uniform(), _TRAVEL_DEPTH)
+        uniform = numbers.uniform()
+        return step(evaluate, state, parameters, noise, uniform, _halton(count + 1), max_steps)
 
     return move
 
@@ -216,64 +233,73 @@ def _follow(
     return after, Info(*decision, each, done, jitter, end.q, p_end)
 
 
+class _Tuning(NamedTuple):
+    """Log T, the average of its path and the running square of its slopes, (*g) in float64; T never falls below `floor`
+    (*g), and `centre` (*g, D) is the mean of the positions, where either is known."""
+
+    log_length: Tensor
+    average: Tensor
+    square: Tensor
+    count: int
+    floor: Tensor | None
+    centre: Tensor | None
+
+
 class _TrajectoryTuner:
     """Adam on log T, restarted under every new metric from the floor; an average of the path is what is frozen."""
 
     def __init__(self, *, fixed_start: bool) -> None:
-        self.started = False
         self._fixed_start = fixed_start
-        self._count = 0
-        self._floor: Tensor | None = None
-        self._centre: Tensor | None = None
 
-    def start(self, parameters: Parameters) -> Parameters:
-        """From as far as the chains have travelled in a transition."""
-        self.started = True
+    def start(self, tuning: _Tuning | None, parameters: Parameters) -> tuple[Parameters, _Tuning]:
+        """From the floor where a window has given one, else from as far as the chains have travelled in a transition."""
+        if tuning is not None:
+            return parameters, tuning
         if not self._fixed_start:
             length = _TRAVEL * parameters.step_size.squeeze(-1)
             parameters = parameters._replace(trajectory_length=length)
-        self._begin(parameters)
-        return parameters
+        return parameters, _begin(parameters, None, None)
 
-    def observe(self, before: State, info: Info, parameters: Parameters, moments: Moments) -> Parameters:
+    def observe(
+        self, tuning: _Tuning, before: State, info: Info, parameters: Parameters, moments: Moments
+    ) -> tuple[Parameters, _Tuning]:
         """One step along the slope of the criterion; its centre is the mean of all positions of the window."""
-        if moments.count:
-            self._centre = moments.mean
-        centre = before.q.mean(-2) if self._centre is None else self._centre.to(before.q)
+        log_length, average, square, count, floor, known = tuning
+        known = moments.mean if moments.count else known
+        centre = before.q.mean(-2) if known is None else known.to(before.q)
         slope = _slope(before.q, info, parameters, centre.unsqueeze(-2))
-        self._count += 1
-        self._square = _DECAY * self._square + (1 - _DECAY) * slope.square()
-        scale = (self._square / (1 - _DECAY**self._count)).sqrt()
+        count += 1
+        square = _DECAY * square + (1 - _DECAY) * slope.square()
+        scale = (square / (1 - _DECAY**count)).sqrt()
         change = torch.where(scale > 0, _LEARNING_RATE * slope / scale, 0.0)
-        self._log_length = self._log_length + change.clamp(-_MAX_CHANGE, _MAX_CHANGE)
-        if self._floor is not None:
-            self._log_length = torch.maximum(self._log_length, self._floor.log())
-        weight = self._count**-0.5
-        self._average = weight * self._log_length + (1 - weight) * self._average
-        return parameters._replace(trajectory_length=self._log_length.exp().to(parameters.trajectory_length))
+        log_length = log_length + change.clamp(-_MAX_CHANGE, _MAX_CHANGE)
+        if floor is not None:
+            log_length = torch.maximum(log_length, floor.log())
+        weight = count**-0.5
+        average = weight * log_length + (1 - weight) * average
+        parameters = parameters._replace(trajectory_length=log_length.exp().to(parameters.trajectory_length))
+        return parameters, _Tuning(log_length, average, square, count, floor, known)
 
-    def restart(self, moments: Moments, parameters: Parameters) -> Parameters:
+    def restart(self, tuning: _Tuning, moments: Moments, parameters: Parameters) -> tuple[Parameters, _Tuning]:
         """The unit of time has changed with the metric: begin again at the floor, where there is one."""
         floor = _quarter_period(moments, parameters.metric)
-        if floor is not None:
-            self._floor = floor
-            parameters = parameters._replace(trajectory_length=floor.to(parameters.trajectory_length))
-        elif self._count:
-            start = parameters.trajectory_length.new_tensor(math.pi / 2).expand_as(parameters.trajectory_length)
-            parameters = parameters._replace(trajectory_length=start)
-        self._begin(parameters)
-        return parameters
+        known = None if tuning is None else tuning.centre
+        if tuning is None and self._fixed_start:
+            return parameters, _begin(parameters, None, known)
+        start = parameters.trajectory_length.new_tensor(math.pi / 2) if floor is None else floor
+        start = start.to(parameters.trajectory_length).expand_as(parameters.trajectory_length)
+        return parameters._replace(trajectory_length=start), _begin(parameters, floor, known)
 
-    def finish(self, parameters: Parameters) -> Parameters:
+    def finish(self, tuning: _Tuning, parameters: Parameters) -> Parameters:
         """The average, in which the jitter of the slopes has died away."""
-        if not self._count:
+        if not tuning.count:
             return parameters
-        return parameters._replace(trajectory_length=self._average.exp().to(parameters.trajectory_length))
+        return parameters._replace(trajectory_length=tuning.average.exp().to(parameters.trajectory_length))
 
-    def _begin(self, parameters: Parameters) -> None:
-        self._log_length = self._average = parameters.trajectory_length.double().log()
-        self._square = torch.zeros_like(self._log_length)
-        self._count = 0
+
+def _begin(parameters: Parameters, floor: Tensor | None, centre: Tensor | None) -> _Tuning:
+    start = parameters.trajectory_length.double().log()
+    return _Tuning(start, start, torch.zeros_like(start), 0, floor, centre)
 
 
 def _slope(q: Tensor, info: Info, parameters: Parameters, centre: Tensor) -> Tensor:
@@ -290,25 +316,23 @@ def _slope(q: Tensor, info: Info, parameters: Parameters, centre: Tensor) -> Ten
 
 def _whitened_square(x: Tensor, metric: Metric) -> Tensor:
     """x' M x, (*g, C): the squared norm of L^{-1} x with M^{-1} = L L'."""
-    if metric.dense:
-        whitened = torch.linalg.solve_triangular(metric.root, x.mT, upper=False).mT
-        return whitened.square().sum(-1, dtype=torch.float64)
-    return (x.square() / metric.inverse_mass.unsqueeze(-2)).sum(-1, dtype=torch.float64)
+    return metric.whiten_positions(x).square().sum(-1, dtype=torch.float64)
 
 
 def _quarter_period(moments: Moments, metric: Metric) -> Tensor | None:
     """(pi/2) sqrt(lambda_max) of the whitened covariance of a window, (*g); None where only its diagonal was kept."""
-    if moments.scatter.ndim == moments.mean.ndim:
-        return None
-    covariance = moments.scatter / max(moments.count - 1, 1)
-    if metric.dense:
-        root = metric.root.double()
-        half = torch.linalg.solve_triangular(root, covariance, upper=False)
-        whitened = torch.linalg.solve_triangular(root, half.mT, upper=False)
+    wide = Metric(*(part.double() if isinstance(part, Tensor) else part for part in metric))
+    if moments.scatter.ndim > moments.mean.ndim:
+        half = wide.whiten_positions(moments.scatter / max(moments.count - 1, 1))
+        whitened = wide.whiten_positions(half.mT)
+        whitened = 0.5 * (whitened + whitened.mT).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        largest = torch.linalg.eigvalsh(whitened)[..., -1]
+    elif moments.kept is not None and moments.kept.filled >= 4:
+        largest = largest_variance(
+            wide.whiten_positions(moments.kept.positions[..., : moments.kept.filled, :].double())
+        )
     else:
-        root = metric.root.double()
-        whitened = covariance / (root.unsqueeze(-1) * root.unsqueeze(-2))
-    largest = torch.linalg.eigvalsh(0.5 * (whitened + whitened.mT).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))[..., -1]
+        return None
     return math.pi / 2 * largest.clamp(min=1e-12).sqrt()
 
 
@@ -335,7 +359,10 @@ def _metric_for(initial: Any, num_warmup: int, inverse_mass: Tensor | None) -> s
     """What "auto" means for these chains."""
     if inverse_mass is not None and isinstance(initial, Tensor):
         return "dense" if inverse_mass.ndim >= 2 and inverse_mass.shape[-2] == initial.shape[-1] else "diagonal"
-    if not _whole(initial) or initial.ndim < 2 or isinstance(num_warmup, bool) or not isinstance(num_warmup, int):
+    if not isinstance(initial, Tensor) or initial.ndim < 2 or isinstance(num_warmup, bool):
         return "diagonal"
-    longest = max((end - start for start, end in adaptation.slow_windows(num_warmup)), default=0)
-    return "dense" if longest * initial.shape[-2] >= 5 * initial.shape[-1] else "diagonal"
+    windows = adaptation.windows(num_warmup) if isinstance(num_warmup, int) else ()
+    longest = max((end - start for start, end in windows), default=0)
+    if not longest:
+        return "diagonal"
+    return "dense" if _whole(initial) and longest * initial.shape[-2] >= 5 * initial.shape[-1] else "low-rank"

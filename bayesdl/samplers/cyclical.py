@@ -19,6 +19,7 @@ arXiv 1902.03932, algorithm 1.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, Literal
 
 from torch import Tensor
@@ -26,22 +27,20 @@ from torch import Tensor
 from bayesdl import _checks
 from bayesdl._random import Seed
 from bayesdl.samplers import sghmc, sgld
+from bayesdl.samplers._stochastic_loop import drive
 from bayesdl.samplers.stochastic import (
     BatchLogDensity,
-    Info,
     Plan,
     StochasticRun,
     batch_gradient,
     check_problem,
     cosine_cycles,
-    drive,
     kept_steps,
 )
 
 
 def cyclical_plan(
     step_size: float,
-    *,
     num_warmup: int,
     num_cycles: int,
     cycle_length: int,
@@ -89,6 +88,10 @@ def run(
     max_drift: float = math.inf,
     seed: Seed = 0,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    max_gradients: float | None = None,
+    chain_batch: int | None = None,
+    compile: bool = False,
 ) -> StochasticRun:
     """Go through all cycles; see the head of this file.
 
@@ -109,38 +112,32 @@ def run(
         max_drift: Most that the gradient may move a coordinate, or change its momentum, in one step.
         seed: Every chain gets a stream of its own, the same whatever the number of chains.
         progress: Show a bar.
+        checkpoint, max_gradients, chain_batch, compile: A folder to save to and resume from, a budget in passes over
+            the data, how many chains to evaluate at a time, and whether by torch.compile; see `samplers.base`.
 
     Raises:
         ShapeError, DtypeError: `initial` or the values of `log_density` have the wrong shape or dtype.
-        SettingError: A setting is out of range, or `log_density` carries no gradient.
+        SettingError: A setting is out of range, `log_density` carries no gradient, `checkpoint` is another run's, or
+            the budget ends before the first draw.
+        StorageError: `checkpoint` is damaged or no folder of a run.
         NumericalError: `log_density` is nowhere finite at the initial points, or a chain left the finite numbers.
 
     Cost: num_warmup + num_cycles * cycle_length minibatch gradients.
     """
     _check_settings(num_warmup, num_cycles, cycle_length, draws_per_cycle, exploration, friction, dynamics, max_drift)
-    check_problem("cyclical.run", log_density, initial, num_data, batch_size)
+    gradient = batch_gradient(log_density, chain_batch=chain_batch, compile=compile)
+    check_problem("cyclical.run", gradient.log_density, initial, num_data, batch_size)
     langevin = dynamics == "sgld"
-    plan = cyclical_plan(
-        step_size,
-        num_warmup=num_warmup,
-        num_cycles=num_cycles,
-        cycle_length=cycle_length,
-        draws_per_cycle=draws_per_cycle,
-        exploration=exploration,
-        power=1.0 if langevin else 0.5,
-    )
-    noisy_gradient = batch_size is not None and batch_size < num_data
+    power = 1.0 if langevin else 0.5
+    plan = cyclical_plan(step_size, num_warmup, num_cycles, cycle_length, draws_per_cycle, exploration, power)
+    noisy = batch_size is not None and batch_size < num_data
     sampler: Any = sgld if langevin else sghmc
-    parameters = (
-        sgld.Parameters(max_drift=max_drift) if langevin else sghmc.Parameters(friction, noisy_gradient, max_drift)
-    )
-    gradient = batch_gradient(log_density)
-
-    def move(state: Any, rows: Tensor | None, noise: Tensor | None, size: float, adapt: bool) -> tuple[Any, Info]:
-        return sampler.step(gradient, state, parameters, rows, noise, size, adapt)
-
+    parameters = sgld.Parameters(max_drift=max_drift) if langevin else sghmc.Parameters(friction, noisy, max_drift)
     return drive(
-        move,
+        "cyclical.run",
+        gradient,
+        sampler.step,
+        parameters,
         sampler.init(initial.detach()),
         plan,
         num_data=num_data,
@@ -148,6 +145,9 @@ def run(
         seed=seed,
         progress=progress,
         name="CyclicalSGMCMC",
+        settings={"dynamics": dynamics},
+        checkpoint=checkpoint,
+        max_gradients=max_gradients,
     )
 
 

@@ -22,37 +22,89 @@ MAX_ENERGY_ERROR = 1000.0  # beyond it a trajectory counts as divergent
 
 
 class Metric(NamedTuple):
-    """An inverse mass matrix and its root, shared by the chains of a group.
+    r"""An inverse mass matrix and its root, shared by the chains of a group.
+
+    One of three kinds: diagonal, dense, or low-rank, which is a diagonal S^2 in whose unit U has orthonormal columns,
+
+        M^{-1} = S (I + U (Lambda - I) U') S,    L = S (I + U (Lambda^{1/2} - I) U'),    M^{-1} = L L'.
+
+    Directions that are wide or narrow beyond what a diagonal can express cost O(r D) a step instead of O(D^2).
 
     Attributes:
-        inverse_mass: M^{-1}, an estimate of the covariance of the target: (*g, D) its diagonal, or (*g, D, D) dense.
+        inverse_mass: M^{-1}, an estimate of the covariance of the target: (*g, D) its diagonal, or (*g, D, D) dense. Of
+            a low-rank metric S^2, (*g, D).
         root: Its elementwise square root, or its lower Cholesky factor.
-        dense: Which of the two.
+        dense: Whether these are matrices.
+        directions: S U of a low-rank metric, (*g, D, r), else None. Columns that are zero do nothing.
+        stretch: The r eigenvalues in Lambda, above 0, (*g, r), else None.
     """
 
     inverse_mass: Tensor
     root: Tensor
     dense: bool
+    directions: Tensor | None = None
+    stretch: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which of "diagonal", "dense" and "low-rank"."""
+        if self.dense:
+            return "dense"
+        return "diagonal" if self.directions is None else "low-rank"
 
     def momentum(self, noise: Tensor) -> Tensor:
         """Momenta p ~ N(0, M), shape (*g, C, D), from standard normal noise that broadcasts to (*g, C, D)."""
-        if not self.dense:
-            return noise / self.root.unsqueeze(-2)
-        # With M^{-1} = L L', the momentum L^{-T} z has covariance (L L')^{-1} = M. As rows: solve p L' ... = z' L^{-1}.
-        noise = noise.expand(*self.root.shape[:-2], *noise.shape[-2:])
-        return torch.linalg.solve_triangular(self.root, noise, upper=False, left=False)
+        if self.dense:
+            # With M^{-1} = L L', the momentum L^{-T} z has covariance (L L')^{-1} = M. As rows: p L = z'.
+            noise = noise.expand(*self.root.shape[:-2], *noise.shape[-2:])
+            return torch.linalg.solve_triangular(self.root, noise, upper=False, left=False)
+        p = noise / self.root.unsqueeze(-2)
+        if self.directions is None or self.stretch is None:
+            return p
+        return p + self._along(p, self.stretch.rsqrt()) / self.inverse_mass.unsqueeze(-2)
 
     def velocity(self, p: Tensor) -> Tensor:
         """M^{-1} p, shape (*g, C, D)."""
-        return p @ self.inverse_mass if self.dense else p * self.inverse_mass.unsqueeze(-2)
+        if self.dense:
+            return p @ self.inverse_mass
+        v = p * self.inverse_mass.unsqueeze(-2)
+        return v if self.stretch is None else v + self._along(p, self.stretch)
 
     def whiten(self, p: Tensor) -> Tensor:
         """L' p with M^{-1} = L L', shape (*g, C, D): standard normal where p ~ N(0, M), and L'a . L'b = a' M^{-1} b."""
-        return p @ self.root if self.dense else p * self.root.unsqueeze(-2)
+        if self.dense:
+            return p @ self.root
+        r = p * self.root.unsqueeze(-2)
+        if self.stretch is None:
+            return r
+        return r + self._along(p, self.stretch.sqrt()) / self.root.unsqueeze(-2)
+
+    def whiten_positions(self, x: Tensor) -> Tensor:
+        """L^{-1} x, shape (*g, C, D): of unit covariance where x has covariance M^{-1}, and |L^{-1} x|^2 = x' M x."""
+        if self.dense:
+            x = x.expand(*self.root.shape[:-2], *x.shape[-2:])
+            return torch.linalg.solve_triangular(self.root, x.mT, upper=False).mT
+        root = self.root.unsqueeze(-2)
+        w = x / root
+        return w if self.stretch is None else w + self._along(w / root, self.stretch.rsqrt()) / root
 
     def kinetic_energy(self, p: Tensor) -> Tensor:
         """p' M^{-1} p / 2, shape (*g, C), summed in float64."""
+        if self.stretch is not None:  # a sum of squares: narrow directions do not cancel
+            return 0.5 * self.whiten(p).square().sum(-1, dtype=torch.float64)
         return 0.5 * (p * self.velocity(p)).sum(-1, dtype=torch.float64)
+
+    def variances(self) -> Tensor:
+        """The diagonal of M^{-1}, (*g, D)."""
+        if self.dense:
+            return self.inverse_mass.diagonal(dim1=-2, dim2=-1)
+        if self.directions is None or self.stretch is None:
+            return self.inverse_mass
+        return self.inverse_mass + (self.directions.square() * (self.stretch - 1).unsqueeze(-2)).sum(-1)
+
+    def _along(self, p: Tensor, factors: Tensor) -> Tensor:
+        """S U (factors - I) U' S p."""
+        return ((p @ self.directions) * (factors - 1).unsqueeze(-2)) @ self.directions.mT
 
 
 class State(NamedTuple):
@@ -85,6 +137,12 @@ def dense_metric(inverse_mass: Tensor) -> Metric:
     return Metric(inverse_mass, torch.linalg.cholesky(inverse_mass), dense=True)
 
 
+def low_rank_metric(inverse_mass: Tensor, basis: Tensor, stretch: Tensor) -> Metric:
+    """The low-rank metric of S^2 (*g, D), U (*g, D, r) with orthonormal or zero columns, and Lambda (*g, r)."""
+    root = inverse_mass.sqrt()
+    return Metric(inverse_mass, root, dense=False, directions=root.unsqueeze(-1) * basis, stretch=stretch)
+
+
 def energy(log_density: Tensor, p: Tensor, metric: Metric) -> Tensor:
     """H = U + kinetic energy, shape (*g, C), in float64 whatever the dtype of the positions."""
     return metric.kinetic_energy(p) - log_density.double()
@@ -107,14 +165,15 @@ def leapfrog(
     Returns:
         Positions, momenta, log density and gradient at the end.
 
-    Cost: num_steps gradients and O(C D) a step besides, O(C D^2) with a dense metric.
+    Cost: num_steps gradients and O(C D) a step besides, O(C D^2) with a dense and O(C D r) with a low-rank metric.
     """
     full = step_size.unsqueeze(-1)
-    scaled = full if metric.dense else full * metric.inverse_mass.unsqueeze(-2)
+    apart = metric.kind == "diagonal"
+    scaled = full * metric.inverse_mass.unsqueeze(-2) if apart else full
     log_density = grad
     p = torch.addcmul(p, full, grad, value=0.5)
     for i in range(num_steps):
-        q = torch.addcmul(q, p @ metric.inverse_mass if metric.dense else p, scaled)
+        q = torch.addcmul(q, p if apart else metric.velocity(p), scaled)
         log_density, grad = evaluate(q)
         p = torch.addcmul(p, full, grad, value=1.0 if i < num_steps - 1 else 0.5)
     return q, p, log_density, grad
@@ -128,11 +187,12 @@ def leapfrog_path(
     A negative step size goes back in time. Arguments and cost are those of `leapfrog`.
     """
     full = step_size.unsqueeze(-1)
-    scaled = full if metric.dense else full * metric.inverse_mass.unsqueeze(-2)
+    apart = metric.kind == "diagonal"
+    scaled = full * metric.inverse_mass.unsqueeze(-2) if apart else full
     p = torch.addcmul(p, full, grad, value=0.5)
     points = []
     for _ in range(num_steps):
-        q = torch.addcmul(q, p @ metric.inverse_mass if metric.dense else p, scaled)
+        q = torch.addcmul(q, p if apart else metric.velocity(p), scaled)
         points.append((q, p, *evaluate(q)))
         p = torch.addcmul(p, full, points[-1][3])
     qs, halfway, log_densities, grads = (torch.stack(parts) for parts in zip(*points, strict=True))

@@ -10,32 +10,30 @@ References: Neal (2011), arXiv 1206.1901; Hoffman & Gelman (2014), arXiv 1111.42
 
 from __future__ import annotations
 
+import os
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from bayesdl import _checks
 from bayesdl._random import Seed
-from bayesdl.samplers._chains import Move, Numbers, Plan, run_chains
-from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad
+from bayesdl.samplers._adapted import Adapted, Plan
+from bayesdl.samplers._chains import Numbers, drive
+from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad, value_and_grad
 from bayesdl.samplers.hamiltonian import Parameters, State, init, leapfrog, metropolis
 
 __all__ = ["Info", "Parameters", "State", "init", "run", "step"]
 
 
 class Info(NamedTuple):
-    """What a reader wants to know of a transition; tensors (*g, C)."""
+    """What a reader wants to know of a transition: tensors (*g, C), and numbers that the chains share."""
 
     acceptance_rate: Tensor
     accepted: Tensor
     diverging: Tensor
     energy: Tensor
     num_steps: int
-
-    @property
-    def num_gradients(self) -> int:
-        """Gradient evaluations of each chain."""
-        return self.num_steps
+    num_gradients: int
 
 
 def step(
@@ -58,7 +56,7 @@ def step(
     p = parameters.metric.momentum(noise).expand_as(state.q)
     q, p_end, *rest = leapfrog(evaluate, state.q, p, state.grad, *parameters, num_steps)
     state, decision = metropolis(state, p, State(q, *rest), p_end, parameters.metric, uniform)
-    return state, Info(*decision, num_steps)
+    return state, Info(*decision, num_steps, num_steps)
 
 
 def run(
@@ -76,6 +74,10 @@ def run(
     seed: Seed = 0,
     progress: bool = False,
     description: str = "HMC",
+    checkpoint: str | os.PathLike[str] | None = None,
+    max_gradients: float | None = None,
+    chain_batch: int | None = None,
+    compile: bool = False,
 ) -> Run:
     """Adapt, then draw: `num_warmup` transitions, then `num_draws * thin` with everything frozen.
 
@@ -98,39 +100,41 @@ def run(
             when None.
         thin: Keep every thin-th draw.
         seed: Every chain gets a stream of its own, the same whatever the number of chains.
-        progress: Show a bar on standard error.
-        description: Its label.
+        progress, description: Whether to show a bar on standard error, and its label.
+        checkpoint, max_gradients, chain_batch, compile: A folder to save to and resume from, a budget of gradients per
+            chain, how many chains to evaluate at a time, and whether by torch.compile; see `samplers.base`.
 
     Raises:
-        ShapeError: `initial` is not (*g, C, D), or `log_density` does not give one value per chain.
-        DtypeError: `initial` is not floating.
-        SettingError: A setting is out of range, or `log_density` carries no gradient.
-        NumericalError: `log_density` is nowhere finite at the initial points of a group, or some chain has still found
-            no finite value when warm-up ends.
+        ShapeError, DtypeError: `initial` is no floating (*g, C, D), or `log_density` gives no value per chain.
+        SettingError: A setting is out of range, `log_density` carries no gradient, or `checkpoint` is another run's.
+        StorageError: `checkpoint` is damaged or no folder of a run.
+        NumericalError: `log_density` is nowhere finite at the start of a group, or not for all chains after warm-up.
 
     Cost: about 3/4 num_steps gradients a transition; memory for the draws, C * num_draws * D numbers a group.
 
     Reference: Neal (2011), arXiv 1206.1901; Hoffman & Gelman (2014), arXiv 1111.4246.
     """
     _checks.at_least("hmc.run", "num_steps", num_steps, 1, integer=True)
+    evaluate = value_and_grad(log_density, chain_batch=chain_batch, compile=compile)
 
-    def make_move(evaluate: ValueAndGrad, numbers: Numbers) -> Move:
-        def move(state: State, parameters: Parameters) -> tuple[State, Info]:
-            noise, uniform = numbers.momentum(), numbers.uniform()
-            return step(evaluate, state, parameters, noise, uniform, numbers.length(num_steps))
+    def move(state: State, parameters: Parameters, numbers: Numbers, count: int) -> tuple[State, Info]:
+        noise, uniform = numbers.momentum(), numbers.uniform()
+        return step(evaluate, state, parameters, noise, uniform, numbers.length(num_steps))
 
-        return move
-
-    result, _ = run_chains(
+    plan = Plan(num_warmup, target_accept, metric, step_size, inverse_mass)
+    program = Adapted("hmc.run", evaluate, move, plan, {"num_steps": num_steps})
+    result, carry = drive(
         "hmc.run",
-        log_density,
+        program,
+        evaluate,
         initial,
-        Plan(num_warmup, num_draws, thin, target_accept, metric),
-        make_move,
-        step_size=step_size,
-        inverse_mass=inverse_mass,
+        num_warmup=num_warmup,
+        num_draws=num_draws,
+        thin=thin,
         seed=seed,
         progress=progress,
         description=description,
+        checkpoint=checkpoint,
+        max_gradients=max_gradients,
     )
-    return result
+    return result._replace(inverse_mass=carry.parameters.metric.inverse_mass)

@@ -21,6 +21,7 @@ draws, generalised criterion); the Stan reference manual, "HMC algorithm paramet
 
 from __future__ import annotations
 
+import os
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -28,13 +29,16 @@ from torch import Tensor
 
 from bayesdl import _checks
 from bayesdl._random import Seed
-from bayesdl.samplers._chains import Move, Numbers, Plan, run_chains
+from bayesdl.samplers import adaptation
+from bayesdl.samplers._adapted import Adapted, Plan
+from bayesdl.samplers._chains import Numbers, drive
 from bayesdl.samplers._trees import EARLY, Span, block_size, count, decisions, early_decisions, turns_back
-from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad
+from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad, value_and_grad
 from bayesdl.samplers.hamiltonian import MAX_ENERGY_ERROR, Metric, Parameters, State, energy, init, leapfrog_path
 
 __all__ = ["Info", "Parameters", "State", "init", "run", "step"]
 
+_EARLY_DEPTH = 6  # of trees that the first two metrics are estimated from
 _EARLY_SIZES = [count(depth) for depth in range(EARLY)]
 _Rows = TypeVar("_Rows", bound=tuple[Tensor, ...])
 
@@ -57,6 +61,11 @@ class Info(NamedTuple):
     num_steps: Tensor
     tree_depth: Tensor
     num_gradients: float
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """What is kept beside what every sampler reports."""
+        return {"tree_depth": self.tree_depth}
 
 
 class _Outcome(NamedTuple):
@@ -155,13 +164,17 @@ def run(
     num_draws: int,
     max_depth: int = 10,
     target_accept: float = 0.8,
-    metric: Literal["diagonal", "dense", "identity"] = "diagonal",
+    metric: Literal["diagonal", "dense", "low-rank", "identity"] = "diagonal",
     step_size: float | Tensor | None = None,
     inverse_mass: Tensor | None = None,
     thin: int = 1,
     seed: Seed = 0,
     progress: bool = False,
     description: str = "NUTS",
+    checkpoint: str | os.PathLike[str] | None = None,
+    max_gradients: float | None = None,
+    chain_batch: int | None = None,
+    compile: bool = False,
 ) -> Run:
     """Adapt, then draw: `num_warmup` transitions, then `num_draws * thin` with everything frozen.
 
@@ -176,21 +189,21 @@ def run(
         num_draws: Draws kept per chain.
         max_depth: A trajectory has at most 2^max_depth points; 1 to 20.
         target_accept: Mean acceptance rate over a trajectory that the step size is adapted to, in (0, 1).
-        metric: "diagonal" or "dense", estimated from all chains; "identity" for none.
+        metric: "diagonal", "dense" or "low-rank", estimated from all chains; "identity" for none.
         step_size: Where the step size starts, a number or (*g); searched for when None.
         inverse_mass: Where the inverse mass matrix starts, (*g, D), or (*g, D, D) for a dense metric; the identity
             when None.
         thin: Keep every thin-th draw.
         seed: Every chain gets a stream of its own, the same whatever the number of chains.
-        progress: Show a bar on standard error.
-        description: Its label.
+        progress, description: Whether to show a bar on standard error, and its label.
+        checkpoint, max_gradients, chain_batch, compile: A folder to save to and resume from, a budget of gradients per
+            chain, how many chains to evaluate at a time, and whether by torch.compile; see `samplers.base`.
 
     Raises:
-        ShapeError: `initial` is not (*g, C, D), or `log_density` does not give one value per chain.
-        DtypeError: `initial` is not floating.
-        SettingError: A setting is out of range, or `log_density` carries no gradient.
-        NumericalError: `log_density` is nowhere finite at the initial points of a group, or some chain has still found
-            no finite value when warm-up ends.
+        ShapeError, DtypeError: `initial` is no floating (*g, C, D), or `log_density` gives no value per chain.
+        SettingError: A setting is out of range, `log_density` carries no gradient, or `checkpoint` is another run's.
+        StorageError: `checkpoint` is damaged or no folder of a run.
+        NumericalError: `log_density` is nowhere finite at the start of a group, or not for all chains after warm-up.
 
     Cost: at most 2^max_depth gradients a transition, as many as the trajectory needs to turn.
 
@@ -198,26 +211,37 @@ def run(
     """
     _checks.at_least("nuts.run", "max_depth", max_depth, 1, integer=True)
     _checks.inside("nuts.run", "max_depth", max_depth, 0, 21)
+    evaluate = value_and_grad(log_density, chain_batch=chain_batch, compile=compile)
 
-    def make_move(evaluate: ValueAndGrad, numbers: Numbers) -> Move:
-        def move(state: State, parameters: Parameters) -> tuple[State, Info]:
-            return step(evaluate, state, parameters, numbers.momentum(), numbers.wide_uniform(), max_depth)
+    early = _early(num_warmup)
 
-        return move
+    def move(state: State, parameters: Parameters, numbers: Numbers, count: int) -> tuple[State, Info]:
+        depth = min(max_depth, _EARLY_DEPTH) if count < early else max_depth
+        return step(evaluate, state, parameters, numbers.momentum(), numbers.wide_uniform(), depth)
 
-    result, _ = run_chains(
+    plan = Plan(num_warmup, target_accept, metric, step_size, inverse_mass)
+    program = Adapted("nuts.run", evaluate, move, plan, {"max_depth": max_depth})
+    result, carry = drive(
         "nuts.run",
-        log_density,
+        program,
+        evaluate,
         initial,
-        Plan(num_warmup, num_draws, thin, target_accept, metric),
-        make_move,
-        step_size=step_size,
-        inverse_mass=inverse_mass,
+        num_warmup=num_warmup,
+        num_draws=num_draws,
+        thin=thin,
         seed=seed,
         progress=progress,
         description=description,
+        checkpoint=checkpoint,
+        max_gradients=max_gradients,
     )
-    return result
+    return result._replace(inverse_mass=carry.parameters.metric.inverse_mass)
+
+
+def _early(num_warmup: int) -> int:
+    """Transitions before the end of the early windows, counted from the end of the last."""
+    windows = adaptation.windows(num_warmup)
+    return windows[: adaptation.EARLY_WINDOWS][-1][1] - windows[-1][1] if windows else 0
 
 
 def _plant(state: State, parameters: Parameters, noise: Tensor, uniform: Tensor) -> tuple[_Outcome, _Tree]:
@@ -247,8 +271,10 @@ def _double(
     """Join a subtree of 2^depth leaves to one end; returns also which trees grow on, and the gradients of the batch."""
     numbers = tree.early.split(_EARLY_SIZES, -1)[depth] if depth < EARLY else decisions(tree.uniform, depth)
     later, choice = numbers[..., 0] < 0.5, numbers[..., 1]
-    swap = (later != tree.later).unsqueeze(-1)
-    near, far = torch.where(swap, tree.far, tree.near), torch.where(swap, tree.near, tree.far)
+    near, far = tree.near, tree.far
+    if depth:
+        swap = (later != tree.later).unsqueeze(-1)
+        near, far = torch.where(swap, far, near), torch.where(swap, near, far)
     signed = torch.where(later, tree.step_size, -tree.step_size)
     subtree, rows = _grow(evaluate, metric, near, signed, tree, growing, numbers[..., 2:], depth)
     # A chain that has no finite log density yet takes what it finds, on a trajectory that turns as well.
@@ -338,17 +364,19 @@ def _add_block(
     level = 0.5 * whitened.square().sum(-1, dtype=torch.float64) - log_density.double()
     error = (level - reference).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
     beyond = error > limit
+    weight = -error
+    if len(q) == 1:
+        return _one_leaf(made, (q[0], grad[0], log_density[0], level[0]), weight[0], beyond[0], whitened[0])
     failed, span = _join(whitened, beyond)
     counted = made.intact & (failed.cumsum(0) == failed)
-    weight = -error
     total = weight.logsumexp(0)
-    place = ((weight - total).exp().cumsum(0) < numbers[..., 0]).sum(0).clamp(max=len(q) - 1)
-    one, wide = place.unsqueeze(0), place.unsqueeze(0).unsqueeze(-1)
+    place = ((weight - total).exp().cumsum(0) < numbers[..., 0]).sum(0, keepdim=True).clamp(max=len(q) - 1)
+    wide = place.unsqueeze(-1).expand(1, *q.shape[1:])
     block = (
-        q.take_along_dim(wide, 0).squeeze(0),
-        grad.take_along_dim(wide, 0).squeeze(0),
-        log_density.take_along_dim(one, 0).squeeze(0),
-        level.take_along_dim(one, 0).squeeze(0),
+        q.gather(0, wide)[0],
+        grad.gather(0, wide)[0],
+        log_density.gather(0, place)[0],
+        level.gather(0, place)[0],
     )
     if not first:
         sum_of_all = torch.logaddexp(made.log_weight, total)
@@ -365,6 +393,20 @@ def _add_block(
         *made[9:],
     )
     return made, span
+
+
+def _one_leaf(
+    made: _Subtree, leaf: tuple[Tensor, ...], weight: Tensor, beyond: Tensor, whitened: Tensor
+) -> tuple[_Subtree, Span]:
+    """The subtree of one leaf, which is its own draw."""
+    q, grad, log_density, level = leaf
+    counted = made.intact
+    acceptance = weight.exp().clamp(max=1.0) * counted
+    rest = made[9:]
+    made = _Subtree(
+        q, grad, log_density, level, weight, acceptance, counted.long(), beyond & counted, counted & ~beyond, *rest
+    )
+    return made, (whitened, whitened, whitened)
 
 
 def _join(whitened: Tensor, beyond: Tensor) -> tuple[Tensor, Span]:

@@ -20,6 +20,12 @@ class Progress:
 
             self._bar = tqdm(total=total, desc=description, file=sys.stderr, dynamic_ncols=True)
 
+    def skip(self, num: int) -> None:
+        """Count transitions of an earlier, interrupted run."""
+        self._done += num
+        if self._bar is not None and num:
+            self._bar.update(num)
+
     def update(self, step_size: Tensor, acceptance_rate: Tensor, diverging: Tensor, *, warmup: bool) -> None:
         """Record one transition; the figures refresh about a hundred times a run."""
         if self._bar is None:

@@ -24,6 +24,7 @@ optimization with robust Bayesian neural networks.
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from bayesdl import _checks
 from bayesdl._random import Seed
+from bayesdl.samplers._stochastic_loop import drive
 from bayesdl.samplers.stochastic import (
     BatchGradient,
     BatchLogDensity,
@@ -38,7 +40,6 @@ from bayesdl.samplers.stochastic import (
     StochasticRun,
     batch_gradient,
     check_problem,
-    drive,
     simple_plan,
 )
 
@@ -139,6 +140,10 @@ def run(
     thin: int = 1,
     seed: Seed = 0,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    max_gradients: float | None = None,
+    chain_batch: int | None = None,
+    compile: bool = False,
 ) -> StochasticRun:
     """Warm up, then draw: `num_warmup` steps, then `num_draws * thin` with the scales frozen.
 
@@ -157,10 +162,14 @@ def run(
         thin: Steps a draw.
         seed: Every chain gets a stream of its own, the same whatever the number of chains.
         progress: Show a bar.
+        checkpoint, max_gradients, chain_batch, compile: A folder to save to and resume from, a budget in passes over
+            the data, how many chains to evaluate at a time, and whether by torch.compile; see `samplers.base`.
 
     Raises:
         ShapeError, DtypeError: `initial`, a schedule or the values of `log_density` have the wrong shape or dtype.
-        SettingError: A setting is out of range, or `log_density` carries no gradient.
+        SettingError: A setting is out of range, `log_density` carries no gradient, `checkpoint` is another run's, or
+            the budget ends before the first draw.
+        StorageError: `checkpoint` is damaged or no folder of a run.
         NumericalError: `log_density` is nowhere finite at the initial points, or a chain left the finite numbers.
 
     Cost: one minibatch gradient a step; memory for the draws, C * num_draws * D numbers a group.
@@ -171,15 +180,14 @@ def run(
     if max_drift != math.inf:
         _checks.inside("sghmc.run", "max_drift", max_drift, 0.0, math.inf)
     plan = simple_plan(step_size, num_warmup, num_draws, thin, "sghmc.run")
-    check_problem("sghmc.run", log_density, initial, num_data, batch_size)
+    gradient = batch_gradient(log_density, chain_batch=chain_batch, compile=compile)
+    check_problem("sghmc.run", gradient.log_density, initial, num_data, batch_size)
     parameters = Parameters(friction, batch_size is not None and batch_size < num_data, max_drift)
-    gradient = batch_gradient(log_density)
-
-    def move(state: State, rows: Tensor | None, noise: Tensor | None, size: float, adapt: bool) -> tuple[State, Info]:
-        return step(gradient, state, parameters, rows, noise, size, adapt)
-
     return drive(
-        move,
+        "sghmc.run",
+        gradient,
+        step,
+        parameters,
         init(initial.detach()),
         plan,
         num_data=num_data,
@@ -187,4 +195,6 @@ def run(
         seed=seed,
         progress=progress,
         name="SGHMC",
+        checkpoint=checkpoint,
+        max_gradients=max_gradients,
     )

@@ -19,6 +19,7 @@ for deep neural networks, arXiv 1512.07666, algorithm 1.
 from __future__ import annotations
 
 import math
+import os
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from bayesdl import _checks
 from bayesdl._random import Seed
+from bayesdl.samplers._stochastic_loop import drive
 from bayesdl.samplers.stochastic import (
     BatchGradient,
     BatchLogDensity,
@@ -33,7 +35,6 @@ from bayesdl.samplers.stochastic import (
     StochasticRun,
     batch_gradient,
     check_problem,
-    drive,
     simple_plan,
 )
 
@@ -129,6 +130,10 @@ def run(
     thin: int = 1,
     seed: Seed = 0,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    max_gradients: float | None = None,
+    chain_batch: int | None = None,
+    compile: bool = False,
 ) -> StochasticRun:
     """Warm up, then draw: `num_warmup` steps, then `num_draws * thin` with the preconditioner frozen.
 
@@ -147,10 +152,14 @@ def run(
         thin: Steps a draw.
         seed: Every chain gets a stream of its own, the same whatever the number of chains.
         progress: Show a bar.
+        checkpoint, max_gradients, chain_batch, compile: A folder to save to and resume from, a budget in passes over
+            the data, how many chains to evaluate at a time, and whether by torch.compile; see `samplers.base`.
 
     Raises:
         ShapeError, DtypeError: `initial`, a schedule or the values of `log_density` have the wrong shape or dtype.
-        SettingError: A setting is out of range, or `log_density` carries no gradient.
+        SettingError: A setting is out of range, `log_density` carries no gradient, `checkpoint` is another run's, or
+            the budget ends before the first draw.
+        StorageError: `checkpoint` is damaged or no folder of a run.
         NumericalError: `log_density` is nowhere finite at the initial points, or a chain left the finite numbers.
 
     Cost: one minibatch gradient a step; memory for the draws, C * num_draws * D numbers a group.
@@ -160,16 +169,15 @@ def run(
     _check_parameters(parameters)
     _checks.choice("sgld.run", "precondition", precondition, ("rmsprop", "none"))
     plan = simple_plan(step_size, num_warmup, num_draws, thin, "sgld.run")
-    check_problem("sgld.run", log_density, initial, num_data, batch_size)
+    gradient = batch_gradient(log_density, chain_batch=chain_batch, compile=compile)
+    check_problem("sgld.run", gradient.log_density, initial, num_data, batch_size)
     if precondition == "none":
         plan = plan._replace(adapt=[False] * len(plan.adapt))
-    gradient = batch_gradient(log_density)
-
-    def move(state: State, rows: Tensor | None, noise: Tensor | None, size: float, adapt: bool) -> tuple[State, Info]:
-        return step(gradient, state, parameters, rows, noise, size, adapt)
-
     return drive(
-        move,
+        "sgld.run",
+        gradient,
+        step,
+        parameters,
         init(initial.detach()),
         plan,
         num_data=num_data,
@@ -177,6 +185,9 @@ def run(
         seed=seed,
         progress=progress,
         name="SGLD",
+        settings={"precondition": precondition},
+        checkpoint=checkpoint,
+        max_gradients=max_gradients,
     )
 
 

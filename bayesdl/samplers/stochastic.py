@@ -1,4 +1,4 @@
-r"""What the stochastic-gradient samplers share: minibatches, step-size schedules, and the loop over steps.
+r"""What the stochastic-gradient samplers share: minibatches, noise and step-size schedules.
 
 The target is known through estimates. A log density is a callable of positions q (*g, C, D) and rows (C, n), the data
 points that each of the C chains looks at, with values (*g, C) on the scale of all N data:
@@ -16,23 +16,21 @@ arXiv 1506.04696.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bayesdl import _checks
-from bayesdl._random import Seed, Streams, child_seeds
-from bayesdl.errors import NumericalError, SettingError, ShapeError, fail
-from bayesdl.samplers.base import check_initial, check_log_density, value_and_grad
+from bayesdl._random import Seed, Streams
+from bayesdl.errors import SettingError, ShapeError, fail
+from bayesdl.samplers._gradients import ValueAndGradient
+from bayesdl.samplers.base import check_initial, check_log_density
 
 BatchLogDensity: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
 BatchGradient: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
-_TRACE = 200  # values of the log density kept over a run
-_LOOKS = 50  # times a run looks whether its chains are still finite
 _NOISE_BLOCK = 2**16  # normal numbers that a chain draws in one go, at most
 
 
@@ -82,7 +80,8 @@ class StochasticRun(NamedTuple):
         clipped_fraction: Share of coordinates and sampling steps (with noise, after warm-up) whose drift was cut at
             `max_drift`.
         noise_clamped_fraction: Share of coordinates and sampling steps in which the noise was switched off.
-        seconds: Wall-clock time.
+        seconds: Wall-clock time; of all its parts, where the run was interrupted and resumed.
+        stopped_by: "num_draws", or "max_gradients" where that budget was spent first.
     """
 
     draws: Tensor
@@ -94,6 +93,7 @@ class StochasticRun(NamedTuple):
     clipped_fraction: float
     noise_clamped_fraction: float
     seconds: float
+    stopped_by: str = "num_draws"
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------
@@ -169,9 +169,11 @@ def simple_plan(step_size: float | Tensor, num_warmup: int, num_draws: int, thin
 # ---- minibatches and noise -------------------------------------------------------------------------------------------
 
 
-def batch_gradient(log_density: BatchLogDensity) -> BatchGradient:
+def batch_gradient(
+    log_density: BatchLogDensity, *, chain_batch: int | None = None, compile: bool = False
+) -> ValueAndGradient:
     """Estimates of the log density and of its gradient, by one backward pass; see `samplers.base.value_and_grad`."""
-    return lambda q, rows: value_and_grad(lambda at: log_density(at, rows))(q)
+    return ValueAndGradient(log_density, chain_batch, compile)
 
 
 class Minibatches:
@@ -185,6 +187,7 @@ class Minibatches:
         self._streams = Streams(seed, num_chains, device)
         self._num_data = num_data
         self._num_parts = -(-num_data // batch_size)
+        self._before: Tensor | None = None
         self._left: list[Tensor] = []
 
     def next(self) -> Tensor | None:
@@ -192,40 +195,62 @@ class Minibatches:
         if self._num_parts == 1:
             return None
         if not self._left:
-            order = self._streams.permutation(self._num_data)
-            self._left = list(order.tensor_split(self._num_parts, -1))[::-1]
+            self._before = self._streams.state()
+            self._shuffle()
         return self._left.pop()
 
+    def state(self) -> tuple[Tensor | None, int]:
+        """Where the passes over the data stand: the streams before the last order was drawn, and the batches left."""
+        return self._before, len(self._left)
 
-class _Noise:
+    def load(self, state: tuple[Tensor | None, int]) -> None:
+        """Go on from where `state` stood."""
+        self._before, num_left = state
+        if self._before is not None:
+            self._streams.load(self._before)
+            self._shuffle()
+            del self._left[num_left:]
+
+    def _shuffle(self) -> None:
+        order = self._streams.permutation(self._num_data)
+        self._left = list(order.tensor_split(self._num_parts, -1))[::-1]
+
+
+class Noise:
     """Standard normal numbers (C, D) for each step, drawn many steps at a time."""
 
     def __init__(self, seed: Seed, q: Tensor) -> None:
         self._streams, self._like = Streams(seed, q.shape[-2], q.device), q
         # by D alone: the numbers of a chain must not depend on how many others there are
         self._block = max(1, min(64, _NOISE_BLOCK // q.shape[-1]))
+        self._before: Tensor | None = None
         self._left: list[Tensor] = []
 
     def next(self) -> Tensor:
+        """The numbers of the next step."""
         if not self._left:
-            block = self._streams.normal(self._block, self._like.shape[-1], like=self._like)
-            self._left = list(block.unbind(1))[::-1]
+            self._before = self._streams.state()
+            self._refill()
         return self._left.pop()
 
+    def state(self) -> tuple[Tensor | None, int]:
+        """Where the streams stood before the last block was drawn, and the steps left of it."""
+        return self._before, len(self._left)
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
+    def load(self, state: tuple[Tensor | None, int]) -> None:
+        """Go on from where `state` stood."""
+        self._before, num_left = state
+        if self._before is not None:
+            self._streams.load(self._before)
+            self._refill()
+            del self._left[num_left:]
+
+    def _refill(self) -> None:
+        block = self._streams.normal(self._block, self._like.shape[-1], like=self._like)
+        self._left = list(block.unbind(1))[::-1]
 
 
-class _State(Protocol):
-    """Any state of a sampler: a named tuple with positions q (*g, C, D)."""
-
-    @property
-    def q(self) -> Tensor: ...
-
-
-S = TypeVar("S", bound=_State)
-# state, rows, noise (None for none), step size, whether to adapt
-Step: TypeAlias = Callable[[S, Tensor | None, Tensor | None, float, bool], tuple[S, Info]]
+# ---- the door --------------------------------------------------------------------------------------------------------
 
 
 def check_problem(
@@ -237,70 +262,3 @@ def check_problem(
         _checks.at_least(where, "batch_size", batch_size, 1, integer=True)
     check_initial(where, initial)
     check_log_density(where, lambda q: log_density(q, None), initial)
-
-
-def drive(
-    step: Step[S], state: S, plan: Plan, *, num_data: int, batch_size: int | None, seed: Seed, progress: bool, name: str
-) -> StochasticRun:
-    """Take the steps of `plan` from `state`.
-
-    Args:
-        step: One step of all chains.
-        num_data: N.
-        batch_size: Points a chain looks at in a step; all for None.
-        name: The sampler, for the progress bar and error messages.
-
-    Raises:
-        NumericalError: A chain is no longer finite.
-    """
-    from tqdm import tqdm
-
-    began = time.perf_counter()
-    q = state.q
-    noise_seed, order_seed = child_seeds(seed, 2)
-    noise = _Noise(noise_seed, q)
-    batches = Minibatches(order_seed, q.shape[-2], num_data, min(batch_size or num_data, num_data), q.device)
-    total, points, at = len(plan.step_sizes), 0, 0
-    draws = q.new_empty(*q.shape[:-1], sum(plan.keep), q.shape[-1])
-    estimates, trace = q.new_empty(draws.shape[:-1]), []
-    clipped = clamped = q.new_zeros(())
-    sampling = 0
-    with tqdm(total=total, desc=name, disable=not progress) as bar:
-        for t in range(total):
-            rows = batches.next()
-            points += num_data if rows is None else rows.shape[-1]
-            normal = noise.next() if plan.noisy[t] else None
-            state, info = step(state, rows, normal, plan.step_sizes[t], plan.adapt[t])
-            if normal is not None and t >= plan.num_warmup:
-                sampling += 1
-                clipped, clamped = clipped + info.clipped.mean(), clamped + info.noise_clamped.mean()
-            for _ in range(plan.keep[t]):
-                draws[..., at, :], estimates[..., at] = state.q, info.log_density
-                at += 1
-            if t % max(1, total // _TRACE) == 0:
-                trace.append(info.log_density)
-            if (t + 1) % max(1, total // _LOOKS) == 0 or t == total - 1:
-                _check_finite(name, state.q, info.log_density, t + 1)
-            bar.update(1)
-    seconds = time.perf_counter() - began
-    fractions = float(clipped) / max(1, sampling), float(clamped) / max(1, sampling)
-    sizes = [size for size, times in zip(plan.step_sizes, plan.keep, strict=True) for _ in range(times)]
-    stats = {
-        "log_density_estimate": estimates,
-        "step_size": torch.tensor(sizes, dtype=torch.float64).to(q).expand_as(estimates).clone(),
-    }
-    return StochasticRun(
-        draws, stats, torch.stack(trace, -1), plan.step_sizes, total, points / num_data, *fractions, seconds
-    )
-
-
-def _check_finite(name: str, q: Tensor, log_density: Tensor, t: int) -> None:
-    dead = ~(q.isfinite().all(-1) & log_density.isfinite())
-    if bool(dead.any()):
-        fail(
-            NumericalError,
-            name,
-            "positions and log densities must stay finite.",
-            got=f"{int(dead.sum())} of {dead.numel()} chains at NaN or infinity after {t} steps",
-            fix="lower step_size",
-        )

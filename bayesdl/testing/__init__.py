@@ -1,6 +1,12 @@
-"""Checks for whoever adds an engine or a kernel: one call states everything that such a thing must obey."""
+"""Checks for whoever adds an engine, a kernel or a model of their own.
+
+`check_engine` and `check_kernel` state in one call everything that such a thing must obey; `sbc` tells whether an
+engine draws from the posterior of a model.
+"""
 
 from bayesdl.testing._engine import check_engine
 from bayesdl.testing._kernel import check_kernel
+from bayesdl.testing._sbc import sbc
+from bayesdl.testing._sbc_problems import NetworkPrior, SampledDensity
 
-__all__ = ["check_engine", "check_kernel"]
+__all__ = ["NetworkPrior", "SampledDensity", "check_engine", "check_kernel", "sbc"]

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from bayesdl.errors import ShapeError
-from bayesdl.interop.arviz import convergence, to_datatree, worst_convergence
+from bayesdl.interop.arviz import convergence, nested_rhat, shared_starts, to_datatree, worst_convergence
 
 
 def draws(*shape, seed=0):
@@ -119,3 +119,89 @@ def test_arrays_that_disagree_about_chains_and_draws_are_refused():
         to_datatree({"w": draws(4)})
     with pytest.raises(ShapeError, match="chains, draws"):
         convergence(draws(4))
+
+
+# ---- nested R-hat ----------------------------------------------------------------------------------------------------
+
+
+def nested_by_definition(x, superchains):
+    """Equations 4 to 8 of Margossian et al. (2024), loops and all: x (C, N), superchains a list of lists of chains."""
+    means, within = [], []
+    for members in superchains:
+        chain_means = [x[c].mean() for c in members]
+        means.append(np.mean(chain_means))
+        within.append(np.var(chain_means, ddof=1) + np.mean([x[c].var(ddof=1) for c in members]))
+    return np.sqrt(1 + np.var(means, ddof=1) / np.mean(within))
+
+
+def halves(x):
+    return np.concatenate([x[:, : x.shape[1] // 2], x[:, -(x.shape[1] // 2) :]])
+
+
+def test_nested_rhat_is_that_of_the_paper_on_halved_rank_normalised_draws():
+    """Superchains of different centre (component 0) and spread (1), numbered out of order."""
+    ids = np.array([7, 3, 7, 5, 3, 5, 7, 3, 5])
+    x = draws(9, 30, 3, seed=3)
+    x[ids == 3, :, 0] += 0.8
+    x[ids == 5, :, 1] *= 3.0
+    found = nested_rhat(torch.as_tensor(x), ids)
+    groups = [[c for c in range(18) if ids[c % 9] == k] for k in (3, 5, 7)]
+    for i in range(3):
+        half = halves(x[..., i])
+        folded = np.abs(half - np.median(half))
+        wanted = max(nested_by_definition(rank_normalised(z), groups) for z in (half, folded))
+        assert found[i] == pytest.approx(wanted, rel=1e-9)
+    assert found[0] > 1.05
+    assert found[1] > 1.05
+
+
+def test_nested_rhat_of_converged_short_chains_is_near_one_where_plain_rhat_is_not():
+    """64 chains of 100 independent draws in 8 superchains, 25 components: of these plain R-hat exceeds 1.01 somewhere.
+
+    For draws that have forgotten their start, nested R-hat is 1 + 1 / (2 E), here E = 800.
+    """
+    x = draws(64, 100, 25, seed=4)
+    ids = np.arange(64) // 8
+    nested = nested_rhat(x, ids)
+    assert nested.max() < 1.003
+    assert nested.mean() == pytest.approx(1 + 1 / 1600, abs=4e-4)
+    assert convergence(x)["rhat"].max() > nested.max()
+
+
+def test_nested_rhat_sees_a_start_that_is_not_forgotten():
+    """AR(1) chains of coefficient 0.98 from starts with twice the stationary spread: 20 draws are too few."""
+    rng = np.random.default_rng(5)
+    ids = np.arange(64) // 8
+    x = np.empty((64, 400, 1))
+    x[:, 0, 0] = 2 * rng.normal(size=8)[ids]
+    for t in range(1, 400):
+        x[:, t, 0] = 0.98 * x[:, t - 1, 0] + np.sqrt(1 - 0.98**2) * rng.normal(size=64)
+    assert nested_rhat(x[:, :20], ids)[0] > 1.5
+    assert nested_rhat(x[:, -200:], ids)[0] < 1.05
+
+
+def test_nested_rhat_of_draws_that_never_move_or_are_not_finite():
+    x = draws(4, 20, 3)
+    x[..., 0], x[1, 2, 1] = 3.0, np.inf
+    found = nested_rhat(x, [0, 0, 1, 1])
+    assert np.isnan(found[0])
+    assert found[1] == np.inf
+    assert np.isfinite(found[2])
+    assert nested_rhat(draws(4, 20), [0, 0, 1, 1]).shape == ()
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 0, 0], [0, 0, 0, 1], [0, 1]])
+def test_superchains_must_be_two_and_of_one_size(ids):
+    with pytest.raises(ShapeError, match="superchains"):
+        nested_rhat(draws(4, 20), ids)
+
+
+def test_shared_starts_are_found_where_they_are_of_use():
+    starts = draws(3, 2)
+    np.testing.assert_array_equal(
+        shared_starts(torch.as_tensor(starts[[0, 1, 0, 1]])),
+        np.unique(starts[[0, 1, 0, 1]], axis=0, return_inverse=True)[1].reshape(-1),
+    )
+    assert shared_starts(starts) is None
+    assert shared_starts(starts[[0, 0]]) is None
+    assert shared_starts(starts[[0, 0, 1]]) is None

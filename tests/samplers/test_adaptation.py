@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bayesdl.samplers import adaptation
 from bayesdl.samplers.base import value_and_grad
-from bayesdl.samplers.hamiltonian import dense_metric, diagonal_metric
+from bayesdl.samplers.hamiltonian import State, dense_metric, diagonal_metric
 
 
 def numbers(*shape, seed=0):
@@ -72,6 +72,49 @@ def test_windows_tile_the_slow_part_and_never_shrink(num_warmup):
     sizes = [end - start for start, end in windows]
     assert sizes == sorted(sizes)
     assert sizes[0] >= 25
+
+
+@pytest.mark.parametrize(
+    ("num_warmup", "windows"),
+    [
+        (1000, ((5, 15), (15, 35), (35, 75), (75, 155), (155, 315), (315, 950))),
+        (200, ((5, 15), (15, 35), (35, 150))),
+        (100, ((5, 15), (15, 35), (35, 75))),
+        (20, ((2, 15),)),
+        (19, ()),
+        (0, ()),
+    ],
+)
+def test_windows_with_gradients_start_early_and_double(num_warmup, windows):
+    assert adaptation.windows(num_warmup) == windows
+
+
+@given(st.integers(20, 5000))
+def test_windows_tile_warm_up_but_for_its_ends(num_warmup):
+    windows = adaptation.windows(num_warmup)
+    assert windows[0][0] <= 5
+    assert windows[-1][1] == num_warmup - min(50, num_warmup // 4)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(windows))
+    sizes = [end - start for start, end in windows]
+    assert sizes == sorted(sizes)
+
+
+def test_a_chain_far_below_the_others_has_not_arrived():
+    """20 units of max(sqrt(D/2), 3 median change): D = 8 gives 40 for steady chains, and 3 x 10 x 20 for restless ones."""
+    q = torch.zeros(4, 8, dtype=torch.float64)
+    now = torch.tensor([-5.0, -44.0, -46.0, -torch.inf], dtype=torch.float64)
+    state = State(q, now, q)
+    assert adaptation.arrived(now, state).tolist() == [True, True, False, False]
+    assert adaptation.arrived(now - 10, state).tolist() == [True, True, True, False]
+
+
+def test_chains_that_have_arrived_stand_in_for_those_that_have_not():
+    q = torch.arange(10, dtype=torch.float64).reshape(2, 5, 1)
+    counts = torch.tensor([[True, False, True, False, False], [True] * 5])
+    positions, gradients = adaptation.stand_ins(State(q, q[..., 0], -q), counts)
+    assert positions[0, :, 0].tolist() == [0, 2, 0, 2, 0]
+    assert positions[1, :, 0].sort().values.tolist() == [5, 6, 7, 8, 9]
+    assert torch.equal(gradients, -positions)
 
 
 @pytest.mark.parametrize("groups", [(), (3,), (2, 3)])

@@ -1,0 +1,302 @@
+"""From a posterior to the next point: BoTorch's acquisition functions, built by name, and BoTorch's optimisers.
+
+Everything random inside (quasi-random base samples, starting points) is seeded, under a lock, on a global state of torch
+that is put back afterwards: BoTorch draws from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import botorch.acquisition
+import botorch.acquisition.multi_objective
+import torch
+from botorch.acquisition import AcquisitionFunction, OneShotAcquisitionFunction
+from botorch.acquisition.factory import get_acquisition_function
+from botorch.acquisition.input_constructors import get_acqf_input_constructor
+from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
+from botorch.acquisition.objective import GenericMCObjective, IdentityMCObjective, ScalarizedPosteriorTransform
+from botorch.exceptions.errors import UnsupportedError
+from botorch.models.model import Model
+from botorch.optim import optimize_acqf, optimize_acqf_discrete, optimize_acqf_mixed, optimize_acqf_mixed_alternating
+from botorch.posteriors import Posterior
+from botorch.utils.datasets import SupervisedDataset
+from botorch.utils.multi_objective.hypervolume import infer_reference_point
+from botorch.utils.multi_objective.pareto import is_non_dominated
+from botorch.utils.sampling import manual_seed
+from torch import Tensor
+
+from bayesdl.errors import SettingError, fail
+from bayesdl.interop._optuna_record import Record
+from bayesdl.interop._optuna_space import Encoding
+
+_RANDOM = threading.RLock()
+_FACTORY = (
+    "qEI", "qLogEI", "qPI", "qLogPF", "qNEI", "qLogNEI", "qSR", "qUCB", "qEHVI", "qLogEHVI", "qNEHVI", "qLogNEHVI",
+)  # fmt: skip
+_SEVERAL = {"qEI": "qEHVI", "qLogEI": "qLogEHVI", "qNEI": "qNEHVI", "qLogNEI": "qLogNEHVI"}
+_IMPROVEMENTS = frozenset((*_SEVERAL, *_SEVERAL.values()))
+_MOST_HYPERVOLUME = 4  # objectives; above, the partitioning grows out of hand and random scalarisations take over
+_MOST_LISTED = 2048  # points of a finite space that are scored one by one
+_MOST_SLICES = 12  # combinations of discrete values that get a continuous search each
+
+Builder = Callable[[Model, Record], AcquisitionFunction]
+
+
+class Search(NamedTuple):
+    """Settings of the acquisition.
+
+    Attributes:
+        acquisition: A name, or a function of the surrogate and the record that returns an acquisition function.
+        options: Keywords for a named acquisition, such as beta for "qUCB".
+        reference_point: Worst values of interest of several objectives, in the user's signs turned to maximisation.
+        num_samples: Base samples of Monte Carlo acquisitions.
+        num_restarts: Searches of the optimiser.
+        num_candidates: Points among which the starts of the searches are chosen.
+    """
+
+    acquisition: str | Builder
+    options: Mapping[str, Any]
+    reference_point: tuple[float, ...] | None
+    num_samples: int
+    num_restarts: int
+    num_candidates: int
+
+
+class Encoded(Model):
+    """A surrogate of inputs x, asked at coordinates z; for spaces with categories."""
+
+    def __init__(self, inner: Model, encoding: Encoding) -> None:
+        super().__init__()
+        self.inner = inner
+        self._encoding = encoding
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the surrogate."""
+        return self.inner.num_outputs
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Batch axes of the surrogate."""
+        return self.inner.batch_shape
+
+    def posterior(self, X: Tensor, *args: Any, **settings: Any) -> Posterior:
+        """The surrogate's posterior at coordinates X (*t q p)."""
+        return self.inner.posterior(self._encoding.expand(X), *args, **settings)
+
+    def subset_output(self, idcs: list[int]) -> Model:
+        """The outputs `idcs` alone."""
+        return Encoded(self.inner.subset_output(idcs), self._encoding)
+
+    def condition_on_observations(self, X: Tensor, Y: Tensor, **settings: Any) -> Model:
+        """The surrogate after more observations."""
+        return Encoded(self.inner.condition_on_observations(self._encoding.expand(X), Y, **settings), self._encoding)
+
+    def fantasize(self, X: Tensor, *args: Any, **settings: Any) -> Model:
+        """The surrogate after imagined observations."""
+        return Encoded(self.inner.fantasize(self._encoding.expand(X), *args, **settings), self._encoding)
+
+
+class Feasibility(torch.nn.Module):
+    """log P(success) at coordinates z (*t q p), from a surrogate of indicators -1 (failed) and 1 (succeeded)."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(*t q)."""
+        posterior = self._model.posterior(z.unsqueeze(-2))
+        scale = posterior.variance.clamp_min(1e-8).sqrt()
+        return torch.special.log_ndtr(posterior.mean / scale).squeeze(-1).squeeze(-1)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global state for a while, one thread at a time, and put it back."""
+    with _RANDOM, manual_seed(seed % 2**63):
+        yield
+
+
+def build(search: Search, model: Model, record: Record, encoding: Encoding, seed: int) -> AcquisitionFunction:
+    """The acquisition function of `search` over coordinates.
+
+    Raises:
+        SettingError: An unknown name, or one that cannot do several objectives or constraints.
+    """
+    if callable(search.acquisition):
+        return search.acquisition(model, record)
+    name = acquisition_name(search.acquisition, record)
+    goals = _Goals(record, search)
+    pending = record.pending if len(record.pending) else None
+    if name in _FACTORY:
+        settings = {"prune_baseline": True, "cache_root": False, **search.options}
+        if name == "qUCB":
+            settings.setdefault("beta", 4.0)
+        return get_acquisition_function(
+            name, model, goals.objective, record.z, X_pending=pending, constraints=goals.constraints,
+            mc_samples=search.num_samples, seed=seed % 2**31, ref_point=goals.reference_point,
+            Y=torch.cat([record.y, record.constraints], -1), **settings,
+        )  # fmt: skip
+    acquisition = _from_registry(name, search, model, record, encoding, goals)
+    if pending is not None:
+        try:
+            acquisition.set_X_pending(pending)
+        except UnsupportedError:
+            # an analytic acquisition knows no pending points: believe the surrogate's mean there instead
+            believed = model.condition_on_observations(pending, model.posterior(pending).mean)
+            return build(search, believed, record._replace(pending=record.pending[:0]), encoding, seed)
+    return acquisition
+
+
+def acquisition_name(asked: str, record: Record) -> str:
+    """What "auto" stands for, and what an improvement means with several objectives or before anything is feasible."""
+    m = record.y.shape[-1]
+    name = "qLogNEI" if asked == "auto" else asked
+    if m > 1 and name in _SEVERAL:
+        name = _SEVERAL[name] if m <= _MOST_HYPERVOLUME else "qLogNParEGO"
+    nothing_feasible = record.constraints.shape[-1] > 0 and not bool((record.constraints <= 0).all(-1).any())
+    return "qLogPF" if nothing_feasible and name in _IMPROVEMENTS else name
+
+
+class _Goals:
+    """Objective, constraints and reference point in BoTorch's terms: outputs are objectives, then constraints."""
+
+    def __init__(self, record: Record, search: Search) -> None:
+        m, k = record.y.shape[-1], record.constraints.shape[-1]
+        self.constraints = [lambda samples, i=i: samples[..., i] for i in range(m, m + k)] or None
+        self.reference_point = None
+        self.transform = None
+        if m > 1:
+            self.objective: Any = IdentityMCMultiOutputObjective(outcomes=list(range(m)), num_outcomes=m + k)
+            chosen = search.reference_point
+            self.reference_point = reference_point(record) if chosen is None else torch.tensor(chosen).to(record.y)
+        elif k:
+            self.objective = GenericMCObjective(lambda samples, X=None: samples[..., 0])
+            weights = torch.zeros(1 + k, dtype=torch.float64)
+            weights[0] = 1.0
+            self.transform = ScalarizedPosteriorTransform(weights)
+        else:
+            self.objective = IdentityMCObjective()
+
+
+def reference_point(record: Record) -> Tensor:
+    """A point a little worse than the feasible Pareto front (m), by BoTorch's rule."""
+    good = (record.constraints <= 0).all(-1)
+    values = record.y[good] if bool(good.any()) else record.y
+    return infer_reference_point(pareto_Y=values[is_non_dominated(values)])
+
+
+def _from_registry(
+    name: str, search: Search, model: Model, record: Record, encoding: Encoding, goals: _Goals
+) -> AcquisitionFunction:
+    """Any acquisition class for which BoTorch has an input constructor, by the name of the class."""
+    kind = getattr(botorch.acquisition, name, None) or getattr(botorch.acquisition.multi_objective, name, None)
+    try:
+        construct = get_acqf_input_constructor(kind)
+    except (RuntimeError, AttributeError, TypeError):
+        wanted = "acquisition must be a name that BoTorch knows, or a function of (model, record)."
+        fix = f"one of {', '.join(_FACTORY)}, or a class such as qKnowledgeGradient"
+        fail(SettingError, "acquisition", wanted, got=repr(name), fix=fix)
+    several = record.y.shape[-1] > 1
+    outputs = torch.cat([record.y, record.constraints], -1)
+    names = [f"y{i}" for i in range(outputs.shape[-1])]
+    data = SupervisedDataset(record.z, outputs, feature_names=list(encoding.names), outcome_names=names)
+    corners = torch.as_tensor(encoding.bounds)
+    known = {
+        "training_data": data,
+        "objective": goals.objective if several or goals.constraints else None,
+        "posterior_transform": goals.transform,
+        "constraints": goals.constraints,
+        "objective_thresholds": goals.reference_point,
+        "X_baseline": record.z,
+        "bounds": [(float(low), float(high)) for low, high in corners.T],
+        "candidate_set": _candidates(encoding),
+        "prune_baseline": True,
+        "cache_root": False,
+        **search.options,
+    }
+    taken = inspect.signature(construct).parameters
+    loose = any(p.kind == p.VAR_KEYWORD for p in taken.values())
+    chosen = {key: value for key, value in known.items() if key in taken or (loose and key in search.options)}
+    if "posterior_transform" in chosen and "constraints" in taken:
+        chosen.pop("posterior_transform")
+    try:
+        inputs = construct(model=model, **{key: value for key, value in chosen.items() if value is not None})
+        return kind(**inputs)
+    except (TypeError, ValueError, NotImplementedError, UnsupportedError) as error:
+        wanted = f"{name} must suit {record.y.shape[-1]} objective(s) and {record.constraints.shape[-1]} constraint(s)."
+        got = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fail(SettingError, "acquisition", wanted, got=got, fix='acquisition="auto", or acquisition_options for it')
+
+
+def _candidates(encoding: Encoding) -> Tensor:
+    """A fixed set of coordinates for acquisitions that want one, (256, p)."""
+    engine = torch.quasirandom.SobolEngine(len(encoding.names), scramble=True, seed=0)
+    return encoding.from_unit(engine.draw(256, dtype=torch.float64))
+
+
+class Guarded(AcquisitionFunction):
+    """An acquisition function lowered where evaluations are likely to fail: by log P(success) for one point (*t 1 p).
+
+    A logarithmic improvement becomes that of an improvement times the probability; anything else is lowered in units of
+    the spread of what was observed.
+    """
+
+    def __init__(self, inner: AcquisitionFunction, feasibility: Feasibility, weight: float) -> None:
+        super().__init__(inner.model)
+        self._inner = inner
+        self._feasibility = feasibility
+        self._weight = weight
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(*t)."""
+        return self._inner(X) + self._weight * self._feasibility(X).sum(-1)
+
+
+def guarded(acquisition: AcquisitionFunction, feasibility: Model | None, record: Record) -> AcquisitionFunction:
+    """`acquisition`, lowered where `feasibility` expects failures; as it is where there is none, or for one-shot ones."""
+    if feasibility is None or isinstance(acquisition, OneShotAcquisitionFunction):
+        return acquisition
+    log = bool(getattr(acquisition, "_log", False))
+    spread = float(record.y.std(0).mean()) if len(record.y) > 1 else 1.0
+    return Guarded(acquisition, Feasibility(feasibility), 1.0 if log else spread)
+
+
+def optimise(acquisition: AcquisitionFunction, search: Search, encoding: Encoding, record: Record, seed: int) -> Tensor:
+    """Coordinates (p) of a maximum of `acquisition`; points of a finite space are proposed once while there are others."""
+    bounds = encoding.bounds
+    settings = {"num_restarts": search.num_restarts, "raw_samples": search.num_candidates}
+    discrete = {**encoding.grids, **{i: [float(c) for c in range(n)] for i, n in encoding.categories.items()}}
+    if not discrete:
+        options = {"seed": seed % 2**31, "maxiter": 200}
+        return optimize_acqf(acquisition, bounds, q=1, options=options, **settings)[0][-1]
+    if encoding.num_points <= _MOST_LISTED:
+        points = _unseen(encoding.all_points(), torch.cat([record.z, record.pending]))
+        return optimize_acqf_discrete(acquisition, 1, points, max_batch_size=64)[0][-1]
+    combinations = 1
+    for values in discrete.values():
+        combinations *= len(values)
+    if combinations <= _MOST_SLICES:
+        axes = torch.cartesian_prod(*(torch.tensor(values, dtype=torch.float64) for values in discrete.values()))
+        slices = [dict(zip(discrete, row.tolist(), strict=True)) for row in axes.reshape(combinations, -1)]
+        options = {"seed": seed % 2**31, "maxiter": 200}
+        return optimize_acqf_mixed(acquisition, bounds, q=1, fixed_features_list=slices, options=options, **settings)[
+            0
+        ][-1]
+    grids = {i: values for i, values in encoding.grids.items() if len(values) > 1}
+    categories = {i: discrete[i] for i in encoding.categories}
+    return optimize_acqf_mixed_alternating(acquisition, bounds, grids, categories, **settings)[0][-1]
+
+
+def _unseen(points: Tensor, seen: Tensor) -> Tensor:
+    """Those of `points` that are not among `seen`, or all where none is left."""
+    if not len(seen):
+        return points
+    fresh = torch.cdist(points, seen, compute_mode="donot_use_mm_for_euclid_dist").amin(-1) > 1e-9
+    return points[fresh] if bool(fresh.any()) else points
