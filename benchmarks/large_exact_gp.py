@@ -100,7 +100,7 @@ def _engine(name: str, checkpoint: str) -> Any:
     likelihood = bdl.Gaussian(noise_variance=0.2, lower=0.05)
     gp = bdl.GP(bdl.kernels.Scale(bdl.kernels.Matern(nu=1.5)), likelihood=likelihood)
     if name == "sparse":
-        return bdl.SparseGP(gp, num_inducing=1000, num_steps=40)
+        return bdl.SparseGP(gp, num_inducing=1000, num_steps=100)
     config = SolverConfig(
         rank=1000,
         tolerance=1e-3,

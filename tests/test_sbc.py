@@ -123,8 +123,8 @@ def test_correlated_draws_are_thinned_until_their_ranks_are_uniform():
 @pytest.mark.parametrize("sampler", ["nuts", "hmc"])
 def test_samplers_are_calibrated_on_a_conjugate_family(sampler):
     """One quantity at 99 %, 100 replications: a false alarm for 1 in 100 seeds."""
-    engine = SampledDensity(family, sampler, num_chains=2, num_warmup=60, num_draws=120)
-    result = sbc(engine, theta_only, 100, 30, seed=5, batch_size=50)
+    engine = SampledDensity(family, sampler, num_chains=2, num_warmup=60, num_draws=150)
+    result = sbc(engine, theta_only, 100, 30, seed=5, batch_size=100)
     assert result.passed
     assert float(result.rhat.max()) < 1.1
 
@@ -146,6 +146,7 @@ def test_replications_do_not_depend_on_their_number_or_the_size_of_batches():
     assert shapes[5:] == [(N,)] * 2
 
 
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")  # few draws
 def test_quantities_with_axes_are_taken_apart():
     def vectors(generator):
         theta = torch.randn(2, 2, generator=generator, dtype=torch.float64)
@@ -200,16 +201,16 @@ def linear():
 
 
 def test_truths_of_a_network_prior_have_the_moments_of_the_model():
-    """3000 networks: variance of f at the probes, median of the noise, and y about f; all at 4.5 errors."""
+    """1200 networks: variance of f at the probes, median of the noise, and y about f; all at 4.5 errors."""
     model = linear()
     truths = NetworkPrior(model, X, X[:2])
     source = torch.Generator().manual_seed(1)
-    drawn = [truths.simulate(source) for _ in range(3000)]
+    drawn = [truths.simulate(source) for _ in range(1200)]
     f = torch.stack([t["f"] for t, _ in drawn])
     noise = torch.stack([t["noise_variance"] for t, _ in drawn])
     other = model.sample_prior(X[:2], 20_000, torch.Generator().manual_seed(2))
-    assert f.shape == (3000, 2)
-    assert ((f.var(0) / other.var(0) - 1).abs() < 4.5 * (2 / 3000) ** 0.5 * 1.2).all()
+    assert f.shape == (1200, 2)
+    assert ((f.var(0) / other.var(0) - 1).abs() < 4.5 * (2 / 1200) ** 0.5 * 1.2).all()
     assert stats.kstest(noise.log().numpy(), stats.norm(-1.5, 0.6).cdf).pvalue > 1e-4
     z = torch.stack([(d[1][:2] - t["f"]) / t["noise_variance"].sqrt() for t, d in drawn])
     assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 1e-4
@@ -220,13 +221,14 @@ def test_truths_of_a_network_prior_have_the_moments_of_the_model():
 
 
 def test_hmc_on_a_network_is_calibrated_in_batches():
-    """Four quantities, 60 replications, the smallest p-value above 0.01 / 4: a false alarm for 1 in 100 seeds."""
-    engine = bdl.HMC(linear(), num_chains=2, num_warmup=80, num_draws=120, num_steps=12, standardize=False)
-    result = sbc(engine, NetworkPrior(linear(), X, X[[0, 3]]), 60, 30, seed=2, batch_size=30)
+    """Four quantities, 40 replications, the smallest p-value above 0.01 / 4: a false alarm for 1 in 100 seeds."""
+    engine = bdl.HMC(linear(), num_chains=2, num_warmup=80, num_draws=150, num_steps=12, standardize=False)
+    result = sbc(engine, NetworkPrior(linear(), X, X[[0, 3]]), 40, 30, seed=2, batch_size=40)
     assert result.names == ("f[0]", "f[1]", "noise_variance", "log_likelihood")
     assert result.passed
 
 
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")  # few draws
 @pytest.mark.parametrize("likelihood", [bdl.Bernoulli(), bdl.Categorical(3)])
 def test_classification_has_truths_and_draws_of_one_shape(likelihood):
     model = bdl.BNN((3,), likelihood=likelihood)
@@ -245,15 +247,14 @@ def test_an_engine_that_standardises_is_refused():
 
 
 def test_a_posterior_that_is_no_set_of_networks_is_ranked_by_its_functions():
-    model = linear()
-    engine = bdl.Ensemble(model, num_members=2, num_steps=5, standardize=False)
-    posterior = engine.fit(X, X[:, 0], seed=0)
-
     class Other:
-        sample = posterior.sample
+        def sample(self, x, shape, *, seed):
+            assert torch.equal(x, X[:3])
+            return torch.arange(2.0).unsqueeze(-1) + torch.zeros(*shape, 2, 3)  # two data sets
 
-    found = NetworkPrior(model, X, X[:3]).quantities(Other(), X, X[:, 0])
-    assert {name: tuple(value.shape) for name, value in found.items()} == {"f": (1, 1000, 3)}
+    found = NetworkPrior(linear(), X, X[:3]).quantities(Other(), X, X[:, 0])
+    assert {name: tuple(value.shape) for name, value in found.items()} == {"f": (2, 1, 1000, 3)}
+    assert (found["f"][1] == 1).all()
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def test_the_folder_of_another_run_is_refused_and_half_a_file_is_not_read(tmp_pa
     calls = []
     sbc(exact(calls=calls), prior, 10, 40, seed=6, batch_size=5, checkpoint=tmp_path)
     assert len(calls) == 1
-    assert whole.read_bytes() == content
+    assert torch.equal(read_values(tmp_path), sbc(exact(), prior, 10, 40, seed=6, batch_size=5).values)
 
 
 SCRIPT = """

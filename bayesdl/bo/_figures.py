@@ -186,7 +186,7 @@ def timing(study: Study) -> Figure:
     spent = [frozen[t.number].system_attrs.get(TIMING, {}) for t in trials]
     fit = np.array([s.get("fit", 0.0) for s in spent])
     acquisition = np.array([s.get("acquisition", 0.0) for s in spent])
-    rest = np.maximum(0.0, np.array([t.seconds for t in trials]) - fit - acquisition)
+    rest = np.maximum(0.0, np.array([t.seconds - s.get("clock", 0.0) for t, s in zip(trials, spent, strict=True)]))
     below = np.zeros(len(trials))
     for part, colour, label in ((fit, _BLUE, "fit"), (acquisition, _GREEN, "acquisition"), (rest, _GREY, "objective")):
         ax.bar(at, part, bottom=below, width=0.9, color=colour, label=label)

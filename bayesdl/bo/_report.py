@@ -1,4 +1,4 @@
-"""The report of a study: one HTML page that holds everything, pictures included, and needs neither network nor scripts."""
+"""The report of a study: one HTML page that holds everything, pictures included, and needs no network or scripts."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def _note(study: Study, trials: list[Trial]) -> str:
     share = bound_share(study, trials)
     if share > _ON_BOUNDS:
         said.append(
-            f"{share:.0%} of the proposed coordinates lie on the bounds: the bounds may be too narrow, or the surrogate "
-            "may be most uncertain at the edges whatever it sees there (as a ReLU kernel is)."
+            f"{share:.0%} of the proposed coordinates lie on the bounds: the bounds may be too narrow, or the "
+            "surrogate may be most uncertain at the edges whatever it sees there (as a ReLU kernel is)."
         )
     points = [tuple(trial.params.items()) for trial in trials if trial.state == "complete"]
     repeats = len(points) - len(set(map(repr, points)))

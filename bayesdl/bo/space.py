@@ -154,7 +154,7 @@ class Space:
         return self._encoding().encode(points)
 
     def from_unit(self, z: Tensor) -> list[dict[str, Any]]:
-        """The points of coordinates z (n, p): the inverse of `to_unit`, clipped to the bounds and rounded to integers."""
+        """The points of coordinates z (n, p), clipped to the bounds and rounded to integers: undoes `to_unit`."""
         encoding = self._encoding()
         return [self._ordered(encoding.decode(row)) for row in z]
 
@@ -214,7 +214,7 @@ def _dimension(where: str, dim: Any) -> Dimension:
         fail(SettingError, "Space.of", wanted, got=repr(dim), fix=fix)
     wanted = f"{where} must be a pair (low, high), a range of integers, a list of choices, or a dimension."
     fix = '(0.0, 1.0), range(1, 11), ["relu", "tanh"], or bdl.bo.Float(1e-4, 1.0, log=True)'
-    fail(SettingError, "Space.of", wanted, got=repr(dim)[:200], fix=fix)
+    return fail(SettingError, "Space.of", wanted, got=repr(dim)[:200], fix=fix)
 
 
 def _check_range(where: str, low: float, high: float, log: bool) -> None:

@@ -104,8 +104,8 @@ class Study:
             directions: "minimize" or "maximize" for each objective.
             constraints: Names of constraints that every evaluation reports; feasible where at most 0.
             reference_point: Worst value of interest of each of several objectives; None infers it from the data.
-            storage: "sqlite:///study.db", "postgresql://user@host/name", "study.journal", an Optuna storage, or None for
-                memory.
+            storage: "sqlite:///study.db", "postgresql://user@host/name", "study.journal", an Optuna storage, or None
+                for memory.
             study_name: Name of the study in the storage; one that is there is gone on with.
             seed: Seed of all proposals.
             batch_size: Points that `ask_batch` hands out at once.
@@ -134,8 +134,8 @@ class Study:
         if cache == "auto":
             cache = None if beside is None else beside.with_name(beside.name.replace("-study-lock", "-cache"))
         self._sampler = door.BayesdlSampler(
-            engine, acquisition=acquisition, acquisition_options=acquisition_options, num_startup=num_startup, seed=seed,
-            space=self.space.distributions(), constraints=self.constraints, reference_point=reference_point,
+            engine, acquisition=acquisition, acquisition_options=acquisition_options, num_startup=num_startup,
+            seed=seed, space=self.space.distributions(), constraints=self.constraints, reference_point=reference_point,
             num_samples=num_samples, num_restarts=num_restarts, num_candidates=num_candidates,
             refit_every=refit_every, cache=cache,
         )  # fmt: skip
@@ -233,7 +233,7 @@ class Study:
         _loop.run(self, f, num_trials, timeout=timeout, progress=progress)
 
     def release_all(self) -> None:
-        """Put the trials that this process has in hand back in line, as an interruption does: they will be evaluated."""
+        """Put the trials that this process has in hand back in line, as an interruption does."""
         self._ledger.release_all()
 
     def add(self, points: Sequence[Any], values: Any, *, constraints: Sequence[Mapping[str, float]] = ()) -> None:
@@ -281,7 +281,7 @@ class Study:
 
     @property
     def pareto(self) -> list[Trial]:
-        """The feasible trials that no other feasible trial is at least as good as in all objectives and better in one."""
+        """The feasible trials than which no other is as good in all objectives and better in one."""
         good = [trial for trial in self.trials if trial.feasible]
         if not good:
             return []

@@ -55,6 +55,7 @@ def posterior_of(engine: str, model: BNN, problem: NetworkProblem, run: Stochast
         "noise_clamped_fraction": run.noise_clamped_fraction,
         "num_batches": run.num_batches,
         "num_gradients": run.num_gradients,
+        "stopped_by": run.stopped_by,
         "seconds": run.seconds,
     }
     single = not problem.data.batch_shape

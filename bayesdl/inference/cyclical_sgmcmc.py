@@ -42,6 +42,10 @@ class CyclicalSGMCMC:
         batch_size: Points a step; all of them, and no gradient noise, where there are no more.
         standardize: Fit in standardised inputs and targets; everything comes back in the user's units.
         progress: Show a bar.
+        checkpoint: A folder to save the run to and to resume it from, None for none; see `samplers.base`.
+        max_gradients: A budget in passes over the data for each chain, warm-up included; the run ends when it is spent.
+        chain_batch: How many chains to evaluate at a time, which bounds the memory; None for all.
+        compile: Whether value and gradient go through torch.compile.
     """
 
     model: BNN
@@ -57,6 +61,10 @@ class CyclicalSGMCMC:
     batch_size: int = 128
     standardize: bool = True
     progress: bool = False
+    checkpoint: str | None = None
+    max_gradients: float | None = None
+    chain_batch: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _checks.at_least("CyclicalSGMCMC", "num_warmup", self.num_warmup, 0, integer=True)
@@ -102,6 +110,10 @@ class CyclicalSGMCMC:
             max_drift=max_drift(self.friction if self.dynamics == "sghmc" else 1.0),
             seed=run_seed,
             progress=self.progress,
+            checkpoint=self.checkpoint,
+            max_gradients=self.max_gradients,
+            chain_batch=self.chain_batch,
+            compile=self.compile,
         )
         return posterior_of("CyclicalSGMCMC", self.model, problem, run, "cosine cycles")
 

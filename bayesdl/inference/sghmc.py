@@ -38,6 +38,10 @@ class SGHMC:
         friction: Share of the momentum that a step loses, in (0, 1).
         standardize: Fit in standardised inputs and targets; everything comes back in the user's units.
         progress: Show a bar.
+        checkpoint: A folder to save the run to and to resume it from, None for none; see `samplers.base`.
+        max_gradients: A budget in passes over the data for each chain, warm-up included; the run ends when it is spent.
+        chain_batch: How many chains to evaluate at a time, which bounds the memory; None for all.
+        compile: Whether value and gradient go through torch.compile.
     """
 
     model: BNN
@@ -50,6 +54,10 @@ class SGHMC:
     friction: float = 0.05
     standardize: bool = True
     progress: bool = False
+    checkpoint: str | None = None
+    max_gradients: float | None = None
+    chain_batch: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_draws", "thin", "batch_size"):
@@ -88,5 +96,9 @@ class SGHMC:
             thin=self.thin,
             seed=run_seed,
             progress=self.progress,
+            checkpoint=self.checkpoint,
+            max_gradients=self.max_gradients,
+            chain_batch=self.chain_batch,
+            compile=self.compile,
         )
         return posterior_of("SGHMC", self.model, problem, run, "constant")

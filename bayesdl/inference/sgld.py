@@ -45,6 +45,10 @@ class SGLD:
         precondition: "rmsprop", or "none" for plain SGLD, which takes very small steps for very long.
         standardize: Fit in standardised inputs and targets; everything comes back in the user's units.
         progress: Show a bar.
+        checkpoint: A folder to save the run to and to resume it from, None for none; see `samplers.base`.
+        max_gradients: A budget in passes over the data for each chain, warm-up included; the run ends when it is spent.
+        chain_batch: How many chains to evaluate at a time, which bounds the memory; None for all.
+        compile: Whether value and gradient go through torch.compile.
     """
 
     model: BNN
@@ -59,6 +63,10 @@ class SGLD:
     precondition: Literal["rmsprop", "none"] = "rmsprop"
     standardize: bool = True
     progress: bool = False
+    checkpoint: str | None = None
+    max_gradients: float | None = None
+    chain_batch: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_chains", "num_draws", "thin", "batch_size"):
@@ -100,6 +108,10 @@ class SGLD:
             thin=self.thin,
             seed=run_seed,
             progress=self.progress,
+            checkpoint=self.checkpoint,
+            max_gradients=self.max_gradients,
+            chain_batch=self.chain_batch,
+            compile=self.compile,
         )
         return posterior_of("SGLD", self.model, problem, run, "polynomial" if self.decay else "constant")
 

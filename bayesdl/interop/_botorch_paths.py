@@ -114,7 +114,9 @@ def thompson_maxima(
     def height(at: Tensor) -> Tensor:
         return sign * paths.values(at).reshape(num)
 
-    found, height_found = gen_candidates_scipy(start, height, bounds[0], bounds[1], options={"maxiter": 200})
+    found, height_found = gen_candidates_scipy(
+        start, height, bounds[0], bounds[1], options={"maxiter": 200}, use_parallel_mode=False
+    )
     best = values.max(-1).values
     # a line search may end below its start
     better = (height_found >= best) & height_found.isfinite()

@@ -1,19 +1,21 @@
 """From a posterior to the next point: BoTorch's acquisition functions, built by name, and BoTorch's optimisers.
 
-Everything random inside (quasi-random base samples, starting points) is seeded, under a lock, on a global state of torch
-that is put back afterwards: BoTorch draws from it.
+BoTorch draws base samples and starting points from torch's global random state: that is seeded for the while, under a
+lock, and put back.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import botorch.acquisition
 import botorch.acquisition.multi_objective
+import botorch.acquisition.multi_objective.logei as hypervolume
 import torch
 from botorch.acquisition import AcquisitionFunction, OneShotAcquisitionFunction
 from botorch.acquisition.factory import get_acquisition_function
@@ -21,6 +23,7 @@ from botorch.acquisition.input_constructors import get_acqf_input_constructor
 from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
 from botorch.acquisition.objective import GenericMCObjective, IdentityMCObjective, ScalarizedPosteriorTransform
 from botorch.exceptions.errors import UnsupportedError
+from botorch.exceptions.warnings import BadInitialCandidatesWarning
 from botorch.models.model import Model
 from botorch.optim import optimize_acqf, optimize_acqf_discrete, optimize_acqf_mixed, optimize_acqf_mixed_alternating
 from botorch.posteriors import Posterior
@@ -118,9 +121,29 @@ class Feasibility(torch.nn.Module):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global state for a while, one thread at a time, and put it back."""
-    with _RANDOM, manual_seed(seed % 2**63):
+    """Seed torch's global state for a while, one thread at a time, and put it back.
+
+    BoTorch's complaint that one of several searches stopped short is left out: the best of them is what counts.
+    """
+    with _RANDOM, manual_seed(seed % 2**63), warnings.catch_warnings(), _without_compiler():
+        warnings.filterwarnings("ignore", message="Optimization failed", category=RuntimeWarning)
+        warnings.filterwarnings("ignore", category=BadInitialCandidatesWarning)
         yield
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Keep BoTorch from compiling a kernel for logarithmic hypervolume improvement when one is first built.
+
+    A worker that is killed while it compiles leaves a lock behind on which every later one waits for ever; and a machine
+    with a compiler would propose other points, in the last digits, than one without.
+    """
+    attempted = getattr(hypervolume, "_load_attempted", True)
+    hypervolume._load_attempted = True
+    try:
+        yield
+    finally:
+        hypervolume._load_attempted = attempted
 
 
 def build(search: Search, model: Model, record: Record, encoding: Encoding, seed: int) -> AcquisitionFunction:
@@ -260,7 +283,7 @@ class Guarded(AcquisitionFunction):
 
 
 def guarded(acquisition: AcquisitionFunction, feasibility: Model | None, record: Record) -> AcquisitionFunction:
-    """`acquisition`, lowered where `feasibility` expects failures; as it is where there is none, or for one-shot ones."""
+    """`acquisition`, lowered where `feasibility` expects failures; as it is without one, and for one-shot ones."""
     if feasibility is None or isinstance(acquisition, OneShotAcquisitionFunction):
         return acquisition
     log = bool(getattr(acquisition, "_log", False))
@@ -269,7 +292,7 @@ def guarded(acquisition: AcquisitionFunction, feasibility: Model | None, record:
 
 
 def optimise(acquisition: AcquisitionFunction, search: Search, encoding: Encoding, record: Record, seed: int) -> Tensor:
-    """Coordinates (p) of a maximum of `acquisition`; points of a finite space are proposed once while there are others."""
+    """Coordinates (p) of a maximum of `acquisition`; points of a finite space come once while others are left."""
     bounds = encoding.bounds
     settings = {"num_restarts": search.num_restarts, "raw_samples": search.num_candidates}
     discrete = {**encoding.grids, **{i: [float(c) for c in range(n)] for i, n in encoding.categories.items()}}

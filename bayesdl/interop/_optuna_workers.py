@@ -76,12 +76,13 @@ def _started(pid: int) -> str | None:
     return None if fields[0] in ("Z", "X") else fields[19]
 
 
-def persist(call: Callable[[], Result], patience: float = _PATIENCE) -> Result:
+def persist(call: Callable[[], Result], patience: float | None = None) -> Result:
     """`call()`, tried again while the storage is locked or away; every call here leaves nothing behind when it fails.
 
     Raises:
-        StorageError: The storage stayed away for `patience` seconds, or its disk is full.
+        StorageError: The storage stayed away for `patience` seconds (None: a minute), or its disk is full.
     """
+    patience = _PATIENCE if patience is None else patience
     began, wait = time.monotonic(), 0.05
     while True:
         try:
@@ -213,7 +214,7 @@ class Ledger:
         return trial
 
     def release_all(self) -> None:
-        """Give back the trials in hand, interrupted: they wait for whoever asks next, and the attempt does not count."""
+        """Give back the trials in hand: they wait for whoever asks next, and the attempt does not count."""
         with self._guard:
             mine = sorted(self._open)
             self._open.clear()

@@ -145,14 +145,14 @@ class BayesdlSampler(BaseSampler):
         return encoding.decode(z)
 
     def propose(self, study: optuna.Study, record: Record, encoding: Encoding) -> tuple[torch.Tensor, dict[str, float]]:
-        """Coordinates (p) of the next point given `record`, and the CPU seconds of fit and acquisition."""
+        """Coordinates (p) of the next point given `record`; CPU seconds of fit and acquisition, and both by the clock."""
         from bayesdl.interop import _optuna_acquisition as acquisitions
 
         search = acquisitions.Search(
             self._acquisition[0], self._acquisition[1], self._signed_reference(study), *self._acquisition[2:]
         )
         seed = stream("acquisition", self.seed, record.rank)
-        began = time.process_time()
+        began, clock = time.process_time(), time.monotonic()
         model = self.surrogate(study, record, encoding)
         success = self._success(study, record, encoding)
         fitted = time.process_time()
@@ -162,7 +162,8 @@ class BayesdlSampler(BaseSampler):
             z = acquisitions.optimise(built, search, encoding, record, seed)
         if len(record.pending) and bool(((record.pending - z).abs().amax(-1) < 1e-9).any()):
             z = self._quasi_random(encoding, record.rank)  # what is under way already
-        spent = {"fit": fitted - began, "acquisition": time.process_time() - fitted}
+        done = time.process_time()
+        spent = {"fit": fitted - began, "acquisition": done - fitted, "clock": time.monotonic() - clock}
         return z, {name: round(value, 6) for name, value in spent.items()}
 
     def surrogate(self, study: optuna.Study, record: Record, encoding: Encoding) -> Any:
@@ -234,7 +235,6 @@ def distribution(dim: Any) -> BaseDistribution:
 def _as_model(posterior: Any, encoding: Encoding, view: str) -> Any:
     """The posterior as a BoTorch model over coordinates."""
     from bayesdl.interop import _optuna_acquisition as acquisitions
-
     from bayesdl.interop.botorch import to_botorch
 
     model = to_botorch(posterior, view=view)
@@ -242,7 +242,7 @@ def _as_model(posterior: Any, encoding: Encoding, view: str) -> Any:
 
 
 def _stale(study: optuna.Study, trials: Sequence[FrozenTrial]) -> frozenset[int]:
-    """Numbers of running trials that are known to be dead: by Optuna's heartbeat where it beats, or by their process."""
+    """Numbers of running trials that are known to be dead: by their process, or by Optuna's heartbeat."""
     from bayesdl.interop._optuna_workers import is_dead
 
     running = [t for t in trials if t.state == TrialState.RUNNING]

@@ -74,19 +74,28 @@ class _Runner:
 
     def transform(self, draws: Tensor) -> dict[str, Tensor]:
         """Draws (C, N, dim) to latent and deterministic values by name, each (C, N, *shape)."""
-        return self._over(draws, lambda run: run.values(), {})
+        return self._over(draws, lambda run: run.values())
 
     def log_likelihood(self, draws: Tensor) -> dict[str, Tensor]:
         """Draws (C, N, dim) to log densities of each observation by the name of its site, each (C, N, *batch)."""
-        return self._over(draws, lambda run: run.log_likelihood(), {})
+        return self._over(draws, lambda run: run.log_likelihood())
 
     def predictive(self, draws: Tensor, seed: Seed = 0) -> dict[str, Tensor]:
         """One data set drawn at each of the draws (C, N, dim): the observed sites by name, each (C, N, *shape)."""
+        # vmap refuses the in-place random numbers that distributions draw
+        manner = "batched" if self.manner == "batched" else "loop"
         with own_randomness(root_seed(seed) % 2**63):
-            return self._over(draws, lambda run: run.observations(), {"observe": False, "enumerate_": False})
+            how = {"observe": False, "enumerate_": False}
+            return self._over(draws, lambda run: run.observations(), how, manner)
 
-    def _over(self, draws: Tensor, read: Callable[[Any], dict[str, Tensor]], how: dict[str, bool]) -> dict[str, Tensor]:
-        parts = [self._apply(self.manner, rows, read, how) for rows in draws.detach().flatten(0, -2).split(_ROWS)]
+    def _over(
+        self,
+        draws: Tensor,
+        read: Callable[[Any], dict[str, Tensor]],
+        how: dict[str, bool] | None = None,
+        manner: str | None = None,
+    ) -> dict[str, Tensor]:
+        parts = [self._apply(manner or self.manner, q, read, how) for q in draws.detach().flatten(0, -2).split(_ROWS)]
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {name: value.detach().unflatten(0, draws.shape[:-1]) for name, value in joined.items()}
 
@@ -102,7 +111,7 @@ class _Runner:
         if manner == "batched" and len(rows) > 1:
             return read(self._program.run(rows, chains=True, **how))
         if manner == "vmap":
-            return torch.func.vmap(single, randomness="different")(rows)
+            return torch.func.vmap(single)(rows)
         found = [single(row) for row in rows]
         if isinstance(found[0], Tensor):
             return torch.stack(found)

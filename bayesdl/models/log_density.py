@@ -127,17 +127,20 @@ def with_gradient(value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]]) -> 
     """
 
     def fn(q: Tensor) -> Tensor:
-        return _WithGradient.apply(q, value_and_grad)
+        return _WithGradient.apply(q, value_and_grad)[0]
 
     return fn
 
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        value, grad = value_and_grad(q.detach())
-        ctx.save_for_backward(grad)
-        return value
+    def forward(q: Tensor, value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return value_and_grad(q.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
 
     @staticmethod
     @once_differentiable

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bayesdl import _checks
+
+Evaluate: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 
 class ValueAndGradient:
@@ -25,7 +28,7 @@ class ValueAndGradient:
             _checks.at_least("value_and_grad", "chain_batch", chain_batch, 1, integer=True)
         self._block = chain_batch
         self._value = log_density
-        self._whole = _compiled(log_density) if compile else _eager(log_density)
+        self._whole = _Compiled(log_density) if compile else _eager(log_density)
 
     def __call__(self, q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         """`rest` goes to the log density after q; tensors in it have the chains on their first axis."""
@@ -47,35 +50,97 @@ class ValueAndGradient:
         return zip(qs, *rests, strict=True)
 
 
-def _eager(log_density: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _eager(log_density: Callable[..., Tensor]) -> Evaluate:
+    known = getattr(log_density, "value_and_grad", None)
+    if known is not None:
+        return _given(known)
+
     def evaluate(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         q = q.detach().requires_grad_(True)
         with torch.enable_grad():
             value = log_density(q, *rest)
-        (grad,) = torch.autograd.grad(value.sum(), q)
-        return value.detach(), grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            total = value.sum()
+        (grad,) = torch.autograd.grad(total, q)
+        return value.detach(), _finite(grad)
 
     return evaluate
 
 
-def _compiled(log_density: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The same through torch.compile, as one graph for any number of chains."""
+def _given(value_and_grad: Evaluate) -> Evaluate:
+    """For a log density that brings its own gradient."""
+
+    def evaluate(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        value, grad = value_and_grad(q.detach(), *rest)
+        return value.detach(), _finite(grad.detach())
+
+    return evaluate
+
+
+class _Compiled:
+    """Value and gradient through torch.compile, as one graph for any number of chains.
+
+    Where a log density cannot be differentiated within a graph, its value alone is compiled, which gains less; where
+    that fails too it is evaluated as it is, with a warning.
+    """
+
+    def __init__(self, log_density: Callable[..., Tensor]) -> None:
+        self._log_density = log_density
+        self._run: Evaluate | None = None
+        self._single = False
+
+    def __call__(self, q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        q = q.detach().contiguous()
+        if self._run is None:
+            return self._first(q, rest)
+        if q.shape[-2] == 1 and not self._single:
+            # one chain would be a graph of its own, for sizes of one are not variable
+            value, grad = self._run(_twice(q, -2), *(None if x is None else _twice(x, 0) for x in rest))
+            return value[..., :1], grad[..., :1, :]
+        return self._run(q, *rest)
+
+    def _first(self, q: Tensor, rest: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+        self._single = q.shape[-2] == 1
+        for x, axis in ((q, q.ndim - 2), *((x, 0) for x in rest if x is not None)):
+            if not self._single:
+                torch._dynamo.maybe_mark_dynamic(x, axis)
+        eager = _eager(self._log_density)
+        for make in (_one_graph, lambda fn: _eager(torch.compile(fn))):
+            try:
+                self._run = make(self._log_density)
+                return self._run(q, *rest)
+            except Exception:
+                eager(q, *rest)  # an error of the log density itself comes out here
+        warnings.warn("torch.compile cannot trace this log density: it is evaluated as it is", stacklevel=2)
+        self._run = eager
+        return eager(q, *rest)
+
+
+def _one_graph(log_density: Callable[..., Tensor]) -> Evaluate:
+    known = getattr(log_density, "value_and_grad", None)
 
     def total(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         value = log_density(q, *rest)
         return value.sum(), value
 
     def both(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        grad, value = torch.func.grad(total, has_aux=True)(q, *rest)
-        return value, grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        if known is not None:
+            value, grad = known(q, *rest)
+        else:
+            grad, value = torch.func.grad(total, has_aux=True)(q, *rest)
+        return value, _finite(grad)
 
-    run = torch.compile(both, dynamic=None)
+    compiled = torch.compile(both, fullgraph=True)
 
     def evaluate(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        q = q.detach().contiguous()
-        if q.shape[-2] > 1:
-            torch._dynamo.mark_dynamic(q, q.ndim - 2)
         with torch.no_grad():
-            return run(q, *rest)
+            return compiled(q, *rest)
 
     return evaluate
+
+
+def _twice(x: Tensor, axis: int) -> Tensor:
+    return torch.cat([x, x], axis)
+
+
+def _finite(grad: Tensor) -> Tensor:
+    return grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -98,7 +98,7 @@ def average_width(moments: Moments, metric: Metric) -> Tensor:
 
 def given_length(where: str, length: float | Tensor, q: Tensor) -> Tensor:
     """A trajectory length given as a number or (*g), for chains at q (*g, C, D): (*g)."""
-    value = torch.as_tensor(length).detach().to(q)
+    value = torch.as_tensor(length, dtype=q.dtype, device=q.device).detach()
     groups = tuple(q.shape[:-2])
     if value.ndim and tuple(value.shape) != groups:
         wanted = f"trajectory_length must be a number or have shape {groups}, one per group."

@@ -207,10 +207,10 @@ def run(
     return result._replace(inverse_mass=parameters.metric.inverse_mass, trajectory_length=parameters.trajectory_length)
 
 
-_TRAVEL = 10  # longest trajectory, in steps, before lengths adapt
+_TRAVEL = 5  # longest trajectory, in steps, before lengths adapt
 _TOLERANCE = 0.25  # energy error of one step that the search for a first step size crosses
 _MEMORY = 0.5  # T is right where twice as many transitions as this are worth an independent draw
-_LEAST, _MOST = 0.25, 2.0  # what tuning may do to T
+_LEAST, _MOST = 1.0, 2.0  # what tuning may do to T, which is no less than a crossing
 
 
 class _Carry(NamedTuple):

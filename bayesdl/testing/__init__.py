@@ -7,6 +7,6 @@ engine draws from the posterior of a model.
 from bayesdl.testing._engine import check_engine
 from bayesdl.testing._kernel import check_kernel
 from bayesdl.testing._sbc import sbc
-from bayesdl.testing._sbc_problems import NetworkPrior, SampledDensity
+from bayesdl.testing._sbc_problems import NetworkPrior, ProcessPrior, SampledDensity
 
-__all__ = ["NetworkPrior", "SampledDensity", "check_engine", "check_kernel", "sbc"]
+__all__ = ["NetworkPrior", "ProcessPrior", "SampledDensity", "check_engine", "check_kernel", "sbc"]

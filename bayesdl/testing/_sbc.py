@@ -66,7 +66,7 @@ def sbc(
             batch; a `Chains`; or a posterior, of which `prior.quantities(posterior, *data)` makes such a mapping.
         prior: A function of a `torch.Generator` that gives one truth, a mapping from names to tensors, and the data
             simulated from it, a tensor or a tuple of tensors; or an object whose method `simulate` does that, such as
-            `testing.NetworkPrior`.
+            `testing.NetworkPrior` and `testing.ProcessPrior`.
         num_replications: Truths drawn and fits made, R.
         num_draws: Draws that a truth is ranked among, at most.
         seed: Replication i sees the same truth and data whatever R.
@@ -90,7 +90,7 @@ def sbc(
         StorageError: The folder holds another run.
 
     Warns:
-        ConvergenceWarning: In more than 5 % of the replications the chains disagree (R-hat above 1.05), or hold fewer
+        ConvergenceWarning: In more than 5 % of the replications the chains disagree (R-hat above 1.1), or hold fewer
             than 40 effective draws.
 
     Cost: R fits.
@@ -275,10 +275,10 @@ def _bar(total: int, enabled: bool) -> Any:
 
 def _warn(result: SBCResult) -> None:
     num = result.num_replications
-    apart = int((result.rhat.nan_to_num(nan=0.0).amax(1) > 1.05).sum())
+    apart = int((result.rhat.nan_to_num(nan=0.0).amax(1) > 1.1).sum())
     few = int((result.ess.nan_to_num(nan=0.0).amin(1) < 40).sum())
     told = [
-        (apart, f"{apart} of {num} replications have chains that disagree (R-hat above 1.05): warm up and run longer"),
+        (apart, f"{apart} of {num} replications have chains that disagree (R-hat above 1.1): warm up and run longer"),
         (few, f"{few} of {num} replications have fewer than 40 effective draws: run longer"),
     ]
     doubts = [text for count, text in told if count > math.ceil(0.05 * num)]

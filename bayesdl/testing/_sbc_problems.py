@@ -1,4 +1,4 @@
-"""What simulation-based calibration is run on: families of log densities, and the priors of networks."""
+"""What simulation-based calibration is run on: families of log densities, priors of networks, of Gaussian processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from bayesdl import _checks
 from bayesdl._random import Seed, Streams, child_seeds
 from bayesdl.errors import SettingError, fail
-from bayesdl.models import BNN, WeightSpace
+from bayesdl.hyper import Parameter
+from bayesdl.models import BNN, GP, WeightSpace
 from bayesdl.models.log_density import LogDensity
 from bayesdl.posterior import DrawsPosterior
 
@@ -91,22 +92,15 @@ class NetworkPrior:
 
     def check(self, engine: Any) -> None:
         """Refuse an engine that standardises."""
-        if getattr(engine, "standardize", False):
-            wanted = f"{type(engine).__name__} must not standardise: the prior would be one for other units."
-            fail(SettingError, "NetworkPrior", wanted, got="standardize=True", fix="standardize=False")
+        _check_units("NetworkPrior", engine)
 
     def simulate(self, generator: torch.Generator) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         """A network and a data set (x, y) of it."""
         space = self._space()
         q = space.prior.sample((1, space.network.num_weights), generator, self.x.dtype)
         for parameter in space.likelihood.parameters():
-            if parameter.prior is None:
-                wanted = f"{parameter.name} must have a prior to be drawn from."
-                fail(SettingError, "NetworkPrior", wanted, got="prior=None", fix="bdl.Gaussian()")
-            value = torch.zeros(1, dtype=torch.float64)
-            while not bool((value > parameter.lower).all()):
-                value = parameter.prior.sample((1,), generator)
-            q = torch.cat([q, (value - parameter.lower).log().to(q).expand(1, 1)], -1)
+            value = _draw("NetworkPrior", parameter, generator)
+            q = torch.cat([q, parameter.unconstrained(value).to(q).reshape(1, 1)], -1)
         f = space.forward(q, self.x)[0]
         y = _replicate(space, f, space.split(q)[1], generator)
         return self._quantities(space, q, y, lambda value: value[0]), (self.x, y)
@@ -135,6 +129,81 @@ class NetworkPrior:
 
     def _space(self) -> WeightSpace:
         return self.model.weight_space(self.x.shape[-1], 1)
+
+
+@dataclass(frozen=True)
+class ProcessPrior:
+    """Hyper-parameters drawn from the priors of a `GP`, and data simulated under them: a `prior` for `testing.sbc`.
+
+    The quantities ranked are the hyper-parameters, by their names in `GP.layout`, the mean, which is N(0, 1) where it
+    is a learned constant, and "log_likelihood", log p(y | hyper-parameters).
+
+    Attributes:
+        model: The Gaussian process, with Gaussian noise and a prior on every hyper-parameter. The engine that is
+            tested must have `standardize=False`.
+        x: Inputs (n, d) of every data set, float64.
+    """
+
+    model: GP
+    x: Tensor
+
+    def check(self, engine: Any) -> None:
+        """Refuse an engine that standardises."""
+        _check_units("ProcessPrior", engine)
+
+    def simulate(self, generator: torch.Generator) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Hyper-parameters and a data set (x, y) under them. Cost: O(n^3)."""
+        layout = self.model.layout(self.x.shape[-1])
+        pieces = [p.unconstrained(_draw("ProcessPrior", p, generator)).reshape(-1) for p in layout.parameters]
+        pieces.append(torch.randn(int(layout.has_mean), generator=generator, dtype=torch.float64))
+        theta = torch.cat(pieces).unsqueeze(0)
+        mean, factor = self._law(theta)
+        z = torch.randn(len(self.x), 1, generator=generator, dtype=torch.float64)
+        y = mean[0] + (factor[0] @ z).squeeze(-1)
+        return {name: value[0] for name, value in self._quantities(theta, y).items()}, (self.x, y)
+
+    def quantities(self, posterior: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """The same quantities of posterior draws, each (*s, C, N, *event). Cost: O(n^3) a draw."""
+        theta = posterior.draws
+        counts = tuple(theta.shape[-3:-1])
+        found = self._quantities(theta.flatten(-3, -2), y.unsqueeze(-2))
+        return {name: value.unflatten(y.ndim - 1, counts) for name, value in found.items()}
+
+    def _quantities(self, theta: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """From theta (*s, S, D) and y, which broadcasts to (*s, S, n)."""
+        layout = self.model.layout(self.x.shape[-1])
+        values, constant = layout.unpack(theta)
+        mean, factor = self._law(theta)
+        white = torch.linalg.solve_triangular(factor, (y - mean).unsqueeze(-1), upper=False).squeeze(-1)
+        found = {p.name: values[p.name].squeeze(-1) if p.shape == (1,) else values[p.name] for p in layout.parameters}
+        if layout.has_mean:
+            found["mean"] = constant
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return found | {"log_likelihood": -0.5 * white.square().sum(-1) - log_det}
+
+    def _law(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean, which broadcasts to (*s, S, n), and Cholesky factor (*s, S, n, n) of y."""
+        values, constant = self.model.layout(self.x.shape[-1]).unpack(theta)
+        k = self.model.kernel(self.x, params=self.model.kernel_values(values))
+        noise = values["noise_variance"][..., None, None] * torch.eye(len(self.x), dtype=k.dtype, device=k.device)
+        return self.model.mean_at(self.x, values, constant), torch.linalg.cholesky(k + noise)
+
+
+def _check_units(where: str, engine: Any) -> None:
+    if getattr(engine, "standardize", False):
+        wanted = f"{type(engine).__name__} must not standardise: the prior would be one for other units."
+        fail(SettingError, where, wanted, got="standardize=True", fix="standardize=False")
+
+
+def _draw(where: str, parameter: Parameter, generator: torch.Generator) -> Tensor:
+    """A value of a hyper-parameter from its prior, within its bounds."""
+    if parameter.prior is None:
+        fix = f"give {parameter.name} a prior"
+        fail(SettingError, where, f"{parameter.name} must have a prior to be drawn from.", got="prior=None", fix=fix)
+    while True:
+        value = parameter.prior.sample(parameter.shape, generator)
+        if bool(((value > parameter.lower) & (value < parameter.upper)).all()):
+            return value
 
 
 def _replicate(space: WeightSpace, f: Tensor, params: dict[str, Tensor], generator: torch.Generator) -> Tensor:

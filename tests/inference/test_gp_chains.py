@@ -160,16 +160,18 @@ def quadrature(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(means), torch.tensor(spreads)
 
 
-@pytest.mark.parametrize("engine", [bdl.NUTS, bdl.HMC, bdl.ChEES])
+@pytest.mark.parametrize(
+    "engine", [bdl.NUTS, *(pytest.param(engine, marks=pytest.mark.slow) for engine in (bdl.HMC, bdl.ChEES))]
+)
 def test_hyperparameters_against_quadrature(engine: type) -> None:
     """Mean and second moment of two hyper-parameters within 4 Monte Carlo errors: 12 comparisons, 1 seed in 1300."""
     x, y = data()
-    settings = {"num_chains": 16, "num_warmup": 200, "num_draws": 100, "standardize": False}
+    settings = {"num_chains": 16, "num_warmup": 120, "num_draws": 60, "standardize": False}
     settings |= {"max_depth": 6} if engine is bdl.NUTS else {"num_steps": 12} if engine is bdl.HMC else {}
     posterior = engine(TWO, **settings).fit(x, y, seed=4)
     mean, spread = quadrature(x, y)
     draws = posterior.draws
-    assert draws.shape == (16, 100, 2)
+    assert draws.shape == (16, 60, 2)
     scaled = ((draws - mean) / spread).numpy()
     found = np.concatenate([scaled, scaled**2 - 1], -1)
     error = array_stats.mcse(found, method="mean", chain_axis=0, draw_axis=1)
@@ -214,7 +216,7 @@ def test_the_predictive_is_the_average_of_exact_ones() -> None:
 def test_paths_have_the_joint_law_of_the_mixture() -> None:
     """Second moments of joint draws at three points against the mixture of exact covariances.
 
-    9 comparisons each for sample and functions at 5 standard errors of 6000 draws: false alarms below 1e-4; random
+    9 comparisons each for sample and functions at 5 standard errors of 3000 draws: false alarms below 1e-4; random
     features add an error of the size of a standard error, for which the second has 6.
     """
     x, y = data()
@@ -227,9 +229,9 @@ def test_paths_have_the_joint_law_of_the_mixture() -> None:
         mean, covariance = bdl.ops.joint_moments(one._state, k_xs, one.model.kernel(inner, params=one._kernel_values()))
         second.append((covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2))[0])
     wanted = torch.stack(second).mean(0)
-    for draws, limit in ((posterior.sample(xs, (60, 100), seed=2).flatten(0, 1), 5), (posterior.functions(6000)(xs), 6)):
+    for draws, limit in ((posterior.sample(xs, (30, 100), seed=2).flatten(0, 1), 5), (posterior.functions(3000)(xs), 6)):
         products = draws.unsqueeze(-1) * draws.unsqueeze(-2)
-        error = products.std(0) / 6000**0.5
+        error = products.std(0) / 3000**0.5
         assert float(((products.mean(0) - wanted).abs() / error).max()) < limit
 
 

@@ -15,7 +15,7 @@ from bayesdl.testing import check_engine
 
 
 def small(model: bdl.BNN) -> bdl.MAMS:
-    return bdl.MAMS(model, num_chains=4, num_warmup=24, num_draws=12, max_steps=8)
+    return bdl.MAMS(model, num_chains=4, num_warmup=22, num_draws=12, max_steps=3)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,24 @@ def test_short_runs_are_not_trusted_in_silence():
     assert "step_size" in posterior.to_arviz().sample_stats
 
 
-def test_a_gp_is_refused_with_the_way_on():
-    with pytest.raises(SettingError, match=r"(?s)MAMS.fit: model must be a bdl.BNN.*bdl.ExactGP"):
-        bdl.MAMS(bdl.GP(bdl.kernels.RBF())).fit(np.ones((4, 1)), np.arange(4.0))
+def test_hyper_parameters_of_a_gp():
+    """The same predictive mean as by NUTS, to 3 % of the range of y; the runs are short."""
+    x = torch.linspace(-2, 2, 15, dtype=torch.float64)[:, None]
+    y = torch.sin(2 * x[:, 0])
+    gp = bdl.GP(bdl.kernels.RBF())
+    found = []
+    for engine in (bdl.MAMS(gp, 8, 50, 40), bdl.NUTS(gp, 8, 50, 40, max_depth=4)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            posterior = engine.fit(x, y, seed=1)
+        assert posterior.diagnostics["engine"] == type(engine).__name__
+        found.append(posterior.predict(x + 0.1).mean)
+    assert (found[0] - found[1]).abs().max() < 0.03
+
+
+def test_other_models_are_refused_with_the_way_on():
+    with pytest.raises(SettingError, match=r"(?s)MAMS: model must be a bdl.BNN.*bdl.sample"):
+        bdl.MAMS(lambda q: -(q**2).sum(-1))
 
 
 def test_settings_are_checked_at_the_door():

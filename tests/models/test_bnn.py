@@ -184,6 +184,24 @@ def test_the_fused_log_density_in_float32_and_with_shared_inputs(name, activatio
     torch.testing.assert_close(slope.double(), exact_slope, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("tile", [1, 60, 200])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_tiles_of_chains_and_rows_change_nothing(monkeypatch, name, tile):
+    """From one row and one chain at a time to several of each, with a last tile that is smaller."""
+    model = BNN((4, 3), "tanh", likelihood=LIKELIHOODS[name])
+    x, y = toy(model.likelihood, n=17)
+    space = model.weight_space(3, y.shape[-1])
+    q = torch.randn(5, space.dim, generator=generator(3), dtype=F64).requires_grad_()
+    log_density = space.bind(x, y, 1.7)
+    value = log_density(q)
+    monkeypatch.setattr(_fused, "_TILE", tile)
+    for _ in range(2):  # the second evaluation finds memory that holds what the first left there
+        tiled = log_density(q)
+        torch.testing.assert_close(tiled, value, rtol=1e-12, atol=1e-12)
+        slopes = [torch.autograd.grad(v.sum(), q, retain_graph=True)[0] for v in (tiled, value)]
+        torch.testing.assert_close(*slopes, rtol=1e-11, atol=1e-11)
+
+
 def test_each_member_may_have_a_minibatch_of_its_own():
     """x (members, size, d) with q (members, 1, D): what an ensemble asks for."""
     model = BNN((4,), "relu", likelihood=LIKELIHOODS["gaussian"])
