@@ -48,8 +48,8 @@ TEST_INPUTS, MEMBERS = 500, 800
 # Longest trajectory in leapfrog steps, transitions of warm-up and draws of the reference, and the passes over the data
 # that each chain of every other method gets.
 SIZES = {
-    "concrete": {"num_steps": 512, "num_warmup": 150, "num_draws": 250, "passes": 6000},
-    "kin8nm": {"num_steps": 512, "num_warmup": 60, "num_draws": 80, "passes": 2000},
+    "concrete": {"num_steps": 400, "num_warmup": 120, "num_draws": 250, "passes": 6000},
+    "kin8nm": {"num_steps": 400, "num_warmup": 60, "num_draws": 80, "passes": 1000},
 }
 
 
@@ -62,6 +62,7 @@ def reference(name: str, scratch: Path) -> Any:
         num_warmup=size["num_warmup"],
         num_draws=size["num_draws"],
         num_steps=size["num_steps"],
+        target_accept=0.65,
         progress=True,
         checkpoint=str(scratch / f"bnn_posteriors_{name}"),
     )

@@ -67,8 +67,8 @@ def hierarchical(y: Tensor) -> bdl.LogDensity:
 
 # Chains, warm-up and draws of each sampler: few long chains, or many short ones.
 LENGTHS = {"hmc": (4, 200, 250), "nuts": (4, 200, 200), "chees": (16, 200, 60)}
-NETWORK_LENGTHS = {"hmc": (4, 250, 300), "nuts": (4, 200, 250), "chees": (16, 200, 80)}
-STEPS: dict[str, dict[str, Any]] = {"hmc": {"num_steps": 16}, "nuts": {"max_depth": 7}, "chees": {}}
+NETWORK_LENGTHS = {"hmc": (4, 250, 400), "nuts": (4, 150, 120), "chees": (16, 120, 40)}
+STEPS: dict[str, dict[str, Any]] = {"hmc": {"num_steps": 16}, "nuts": {"max_depth": 6}, "chees": {}}
 
 
 def hierarchical_problem(sampler: str) -> tuple[Any, Any]:
@@ -80,7 +80,8 @@ def hierarchical_problem(sampler: str) -> tuple[Any, Any]:
 
 def gp_problem(sampler: str) -> tuple[Any, Any]:
     """`NUTS(gp)` and its like."""
-    kernel = bdl.kernels.Scale(bdl.kernels.Matern(nu=2.5, prior=LogNormal(-0.5, 0.7)), prior=LogNormal(0.0, 0.7))
+    matern = bdl.kernels.Matern(nu=2.5, lengthscale_prior=LogNormal(-0.5, 0.7))
+    kernel = bdl.kernels.Scale(matern, outputscale_prior=LogNormal(0.0, 0.7))
     model = bdl.GP(kernel, likelihood=bdl.Gaussian(prior=LogNormal(-3.0, 1.0)))
     x = torch.linspace(-1.5, 1.5, 12, dtype=torch.float64).unsqueeze(-1)
     return engine(sampler, model, LENGTHS[sampler]), ProcessPrior(model, x)

@@ -6,18 +6,15 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from bayesdl._random import child_seeds
 from bayesdl.errors import SettingError, fail
 from bayesdl.models.log_density import LogDensity
 from bayesdl.samplers import chees, hmc, mams, mclmc, nuts, pathfinder, smc
 from bayesdl.samplers._reference import GaussianReference
 from bayesdl.samplers.base import Run
+from bayesdl.samplers.chees import MAX_DENSE
 from bayesdl.samplers.pathfinder import Approximation
-
-_PATHS = 16  # that Pathfinder climbs
 
 
 class Common(NamedTuple):
@@ -71,22 +68,20 @@ def run(sampler: str, density: LogDensity, start: Start, common: Common, given: 
     return entry.run(density, start, common, own)
 
 
-def approximate(density: LogDensity, like: Tensor, common: Common, scatter: Callable[[int], Tensor]) -> Approximation:
-    """Pathfinder from `_PATHS` scattered points."""
-    path_seed, _ = child_seeds(common.seed, 2)
-    settings = {"num_draws": 1000, "seed": path_seed, "chain_batch": common.chain_batch, "compile": common.compile}
-    return pathfinder.run(density, scatter(_PATHS).to(like), **settings)
+def approximate(density: LogDensity, starts: Tensor, common: Common) -> Approximation:
+    """Pathfinder from scattered points (P, D)."""
+    settings = {"num_draws": 1000, "seed": common.seed, "chain_batch": common.chain_batch, "compile": common.compile}
+    return pathfinder.run(density, starts, **settings)
 
 
-def _chains(run_chains: Callable[..., Run], *, metric_from_start: bool = True) -> Callable[..., Run]:
-    """An entry's run from the `run` of a sampler of Markov chains."""
+def _chains(run_chains: Callable[..., Run], usual: str | None) -> Callable[..., Run]:
+    """An entry's run from the `run` of a sampler of Markov chains; `usual` is the metric that it best starts with."""
 
     def run_one(density: LogDensity, start: Start, common: Common, own: dict[str, Any]) -> Run:
-        kind = own.get("metric", "auto")
-        if start.approximation is not None and metric_from_start and kind in ("auto", "diagonal", "dense"):
-            own = {**own, "inverse_mass": start.approximation.inverse_mass(dense=kind == "dense")}
-            if kind == "auto":
-                own["metric"] = "diagonal" if run_chains in (hmc.run, nuts.run, mclmc.run) else "auto"
+        kind = own.get("metric", usual)
+        if start.approximation is not None and kind in ("diagonal", "dense", "low-rank"):
+            dense = kind == "dense" and (density.dim <= MAX_DENSE or "metric" in own)
+            own = {**own, "inverse_mass": start.approximation.inverse_mass(dense=dense)}
         return run_chains(density, start.q, **common._asdict(), **own)
 
     return run_one
@@ -109,10 +104,12 @@ def _particles(density: LogDensity, start: Start, common: Common, own: dict[str,
 _TARGETS = {"target_accept": "target_accept", "metric": "metric"}
 _LENGTH = "num_steps bounds a trajectory"
 SAMPLERS = {
-    "hmc": Sampler(_chains(hmc.run), {"num_steps": "num_steps", **_TARGETS}, _LENGTH),
-    "nuts": Sampler(_chains(nuts.run), {"max_depth": "max_depth", **_TARGETS}, "max_depth bounds a trajectory"),
-    "chees": Sampler(_chains(chees.run), {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
-    "mams": Sampler(_chains(mams.run), {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
-    "mclmc": Sampler(_chains(mclmc.run), {"metric": "metric"}, "it adapts step size and length by itself"),
+    "hmc": Sampler(_chains(hmc.run, "diagonal"), {"num_steps": "num_steps", **_TARGETS}, _LENGTH),
+    "nuts": Sampler(
+        _chains(nuts.run, "diagonal"), {"max_depth": "max_depth", **_TARGETS}, "max_depth bounds a trajectory"
+    ),
+    "chees": Sampler(_chains(chees.run, "dense"), {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
+    "mams": Sampler(_chains(mams.run, "dense"), {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
+    "mclmc": Sampler(_chains(mclmc.run, "diagonal"), {"metric": "metric"}, "it adapts step size and length by itself"),
     "smc": Sampler(_particles, {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
 }

@@ -7,10 +7,11 @@ runs the sampler from scattered initial points and hands back draws, statistics 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,12 +20,13 @@ from torch import Tensor
 from bayesdl import _checks, _doors
 from bayesdl._random import Seed, Streams, child_seeds
 from bayesdl.errors import ConvergenceWarning, NumericalError, SettingError, ShapeError, fail
+from bayesdl.inference import _sampler_table
+from bayesdl.inference._sampler_table import Common, Start
 from bayesdl.models.log_density import LogDensity
-from bayesdl.samplers import chees, hmc, nuts
 from bayesdl.samplers.base import LogDensityFn, Run, summarize
 
-_SAMPLERS = ("hmc", "nuts", "chees")
 _MAX_DEPTH = 10
+_PATHS = 16  # that Pathfinder climbs
 _MAX_RHAT, _MIN_ESS, _MIN_BFMI = 1.05, 100.0, 0.3
 
 
@@ -40,8 +42,12 @@ class Chains:
         diagnostics: "rhat" (the largest over `values`), "ess_bulk" and "ess_tail" (the smallest), "divergences",
             "e_bfmi" (one per chain), "acceptance_rate", "step_size", "num_gradients" (per chain), "seconds", "engine"
             and "trace", {"log_density": chains x draws}; of NUTS also "max_depth_reached" (draws whose tree was cut
-            short), of ChEES-HMC "trajectory_length".
+            short), of those that have one "trajectory_length", of MCLMC "energy_error" (mean square per coordinate and
+            step) and "unadjusted", of SMC "log_evidence", of a start by Pathfinder "pathfinder" (its khat, its ELBOs and
+            its gradients, which count in "num_gradients"). "stopped_by" is "num_draws" or "max_gradients".
         inverse_mass: The adapted inverse mass matrix, (dim,) or (dim, dim).
+        log_evidence: Log of the integral of exp(log_density), of "smc"; None for other samplers.
+        density: What was drawn from.
     """
 
     draws: Tensor
@@ -49,11 +55,23 @@ class Chains:
     stats: dict[str, Tensor]
     diagnostics: dict[str, Any]
     inverse_mass: Tensor
+    log_evidence: Tensor | None = None
+    density: LogDensity | None = field(default=None, repr=False, compare=False)
 
-    def to_arviz(self) -> Any:
-        """An ArviZ DataTree with the groups posterior (`values`) and sample_stats."""
+    def to_arviz(self, *, seed: Seed = 0) -> Any:
+        """An ArviZ DataTree: posterior (`values`), sample_stats, and what the density knows of its data.
+
+        That is observed_data, log_likelihood and, with random numbers from `seed`, posterior_predictive.
+        """
         stats = {name: value for name, value in self.stats.items() if name != "energy_change"}
-        return _doors.arviz_datatree(posterior=self.values, sample_stats=stats)
+        groups: dict[str, Any] = {"posterior": self.values, "sample_stats": stats}
+        if self.density is not None and self.density.observed is not None:
+            groups["observed_data"] = self.density.observed
+            if self.density.log_likelihood is not None:
+                groups["log_likelihood"] = self.density.log_likelihood(self.draws)
+            if self.density.predictive is not None:
+                groups["posterior_predictive"] = self.density.predictive(self.draws, seed=seed)
+        return _doors.arviz_datatree(**groups)
 
 
 def sample(
@@ -64,11 +82,11 @@ def sample(
     num_warmup: int = 1000,
     num_draws: int = 1000,
     *,
-    initial: Tensor | np.ndarray | None = None,
+    initial: Tensor | np.ndarray | Literal["pathfinder"] | None = None,
     num_steps: int | None = None,
     max_depth: int | None = None,
     target_accept: float | None = None,
-    metric: Literal["diagonal", "dense", "identity"] | None = None,
+    metric: Literal["diagonal", "dense", "low-rank", "identity"] | None = None,
     thin: int = 1,
     names: tuple[str, ...] | None = None,
     transform: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
@@ -76,118 +94,136 @@ def sample(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    max_gradients: float | None = None,
+    chain_batch: int | None = None,
+    compile: bool = False,
 ) -> Chains:
     """Draw from an unnormalised log density on R^dim.
 
     Args:
         log_density: Maps positions (num_chains, dim) to values (num_chains,), differentiable by autograd; or a
-            `LogDensity`, which knows its `dim` and `names`.
+            `LogDensity`, which knows its `dim`, its `names` and its `transform`.
         dim: Number of coordinates; needed unless `log_density` is a `LogDensity`.
-        sampler: "hmc", Hamiltonian Monte Carlo with trajectories of random length (`samplers.hmc`); "nuts", whose
-            trajectories end where they turn back (`samplers.nuts`), for few chains and uneven targets; "chees", whose
-            chains learn one length for all (`samplers.chees`), for 16 chains or more.
+        sampler: The name of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they
+            turn back, for few chains and uneven targets; "chees", one length learned for all chains, for 16 or more;
+            "mams", straight paths at unit speed with an accept step; "mclmc", the same without, biased; "smc", particles
+            carried from a Gaussian, for several modes and for the evidence: chains are then independent islands,
+            draws their particles, and there is neither warm-up nor thinning.
         num_chains: Chains run in one batch; many cost little more than few.
         num_warmup: Transitions that adapt the step size and the metric, from all chains together.
         num_draws: Draws kept per chain.
         initial: Initial positions (num_chains, dim), or (dim,) for all chains; None draws each coordinate uniformly
-            from (-2, 2), again where the log density is not finite.
-        num_steps: Longest trajectory in leapfrog steps, of "hmc" (32 when None) and "chees" (1000).
+            from (-2, 2), again where the log density is not finite (for "smc" a standard normal). "pathfinder" takes
+            positions and a first metric from Gaussians that L-BFGS finds, and for "smc" the Gaussian.
+        num_steps: Longest trajectory in steps, where there is one; the sampler's own default when None.
         max_depth: A trajectory of "nuts" has at most 2^max_depth points (10 when None).
-        target_accept: Acceptance rate that the step size is adapted to: None means 0.8 for the mean, and for "chees"
-            0.651 for the harmonic mean.
-        metric: "diagonal", "dense" (for strongly correlated coordinates) or "identity". None means "diagonal", and for
-            "chees" a dense metric where the chains give enough positions to estimate it, up to 500 coordinates.
+        target_accept: Acceptance rate that the step size is adapted to; the sampler's own default when None.
+        metric: "diagonal", "dense" (for strongly correlated coordinates), "low-rank" or "identity". None means
+            "diagonal", and for "chees", "mams" and "smc" a dense one where there are positions enough to estimate it.
         thin: Keep every thin-th draw.
         names: One name per coordinate.
         transform: From draws (num_chains, num_draws, dim) to named quantities, each (num_chains, num_draws, *event);
             convergence is then judged on these, as it should be where a coordinate by itself means nothing.
         seed: Same seed, same draws.
-        dtype: Of the positions.
-        device: Where to run.
+        dtype, device: Of the positions.
         progress: Show a bar on standard error.
+        checkpoint, max_gradients, chain_batch, compile: A folder to save to and resume from (with a seed, which is not
+            None), a budget of gradients per chain, how many chains to evaluate at a time, and whether by torch.compile;
+            see `samplers.base`.
 
     Raises:
         SettingError: Unknown sampler, a setting out of range, or one that the sampler does not have.
         ShapeError: `initial`, the log density or the result of `transform` has the wrong shape.
+        StorageError: `checkpoint` is damaged or no folder of a run.
         NumericalError: No finite log density found at the start.
 
     Warns:
         ConvergenceWarning: R-hat above 1.05, ESS below 100, E-BFMI below 0.3, divergent transitions, or
             more than half of the trees cut short at max_depth.
     """
-    _checks.choice("sample", "sampler", sampler, _SAMPLERS)
+    _checks.choice("sample", "sampler", sampler, tuple(_sampler_table.SAMPLERS))
     _checks.at_least("sample", "num_chains", num_chains, 1, integer=True)
-    density = _density(log_density, dim, names)
+    _check_resumable(checkpoint, seed)
+    density = _density(log_density, dim, names, transform)
     initial_seed, run_seed = child_seeds(seed, 2)
-    if initial is None:
-        like = torch.empty(0, dtype=dtype, device=device)
-        start = _scatter(density, num_chains, initial_seed, like)
-    else:
-        start = _given_initial(initial, num_chains, density.dim, dtype, device)
-    common = _Common(num_warmup, num_draws, thin, run_seed, progress, sampler.upper())
-    run = _run(sampler, density, start, common, num_steps, max_depth, target_accept, metric)
-    values = _values(run.draws, density.names, transform)
+    own = {"num_steps": num_steps, "max_depth": max_depth, "target_accept": target_accept, "metric": metric}
+    counts = (num_warmup, num_draws, thin, run_seed, progress, sampler.upper())
+    common = Common(*counts, checkpoint, max_gradients, chain_batch, compile)
+    start = _start(
+        density, sampler, initial, num_chains, initial_seed, torch.empty(0, dtype=dtype, device=device), common
+    )
+    run, gradients = _run(density, sampler, start, common, own)
+    values = _values(run.draws, density.names, density.transform)
     diagnostics = _diagnose(run, values, sampler)
+    if start.approximation is not None:
+        found = start.approximation
+        diagnostics["num_gradients"] += gradients
+        diagnostics["pathfinder"] = {"khat": found.khat, "elbo": found.elbo.tolist(), "num_gradients": gradients}
     if sampler == "nuts":
         cut = run.stats["tree_depth"] >= (_MAX_DEPTH if max_depth is None else max_depth)
         diagnostics["max_depth_reached"] = int(cut.sum())
     _warn(diagnostics, num_chains * num_draws)
-    return Chains(run.draws, values, run.stats, diagnostics, run.inverse_mass)
+    return Chains(run.draws, values, run.stats, diagnostics, run.inverse_mass, run.log_evidence, density)
 
 
-class _Common(NamedTuple):
-    """The settings that every sampler has."""
-
-    num_warmup: int
-    num_draws: int
-    thin: int
-    seed: int
-    progress: bool
-    description: str
-
-
-def _run(
-    sampler: str,
+def _start(
     density: LogDensity,
-    start: Tensor,
-    common: _Common,
-    num_steps: int | None,
-    max_depth: int | None,
-    target_accept: float | None,
-    metric: str | None,
-) -> Run:
-    """The sampler's own run, with its own defaults where None was given."""
-    shared: dict[str, Any] = common._asdict()
-    if sampler != "nuts" and max_depth is not None:
-        _foreign("max_depth", max_depth, sampler, "num_steps")
-    if sampler == "nuts" and num_steps is not None:
-        _foreign("num_steps", num_steps, sampler, "max_depth")
-    if target_accept is not None:
-        shared["target_accept"] = target_accept
-    if metric is not None:
-        shared["metric"] = metric
-    if sampler == "nuts":
-        return nuts.run(density, start, max_depth=_MAX_DEPTH if max_depth is None else max_depth, **shared)
-    if sampler == "chees":
-        return chees.run(density, start, max_steps=1000 if num_steps is None else num_steps, **shared)
-    return hmc.run(density, start, num_steps=32 if num_steps is None else num_steps, **shared)
+    sampler: str,
+    initial: Tensor | np.ndarray | str | None,
+    num_chains: int,
+    seed: int,
+    like: Tensor,
+    common: Common,
+) -> Start:
+    """Where the chains start."""
+    if isinstance(initial, str):
+        _checks.choice("sample", "initial", initial, ("pathfinder",))
+        scatter_seed, start_seed = child_seeds(seed, 2)
+        found = _sampler_table.approximate(density, _scatter(density, _PATHS, scatter_seed, like), common)
+        return Start(found.starts(num_chains, start_seed).to(like), found)
+    if initial is not None:
+        if sampler == "smc":
+            wanted = 'sampler="smc" starts from a distribution, not from positions.'
+            fail(SettingError, "sample", wanted, got="initial positions", fix='None, or initial="pathfinder"')
+        return Start(_given_initial(initial, num_chains, density.dim, like.dtype, like.device), None)
+    if sampler == "smc":
+        return Start(like.new_zeros(num_chains, density.dim), None)
+    return Start(_scatter(density, num_chains, seed, like), None)
 
 
-def _foreign(name: str, value: Any, sampler: str, own: str) -> NoReturn:
-    wanted = f'sampler="{sampler}" has no {name}.'
-    fail(SettingError, "sample", wanted, got=f"{name}={value!r}", fix=f"leave {name} out; {own} bounds a trajectory")
+def _run(density: LogDensity, sampler: str, start: Start, common: Common, own: dict[str, Any]) -> tuple[Run, int]:
+    """The sampler's run, within what Pathfinder has left of the budget; and what Pathfinder took of it."""
+    gradients = 0 if start.approximation is None else start.approximation.num_gradients
+    if common.max_gradients is not None and gradients:
+        common = common._replace(max_gradients=max(1, common.max_gradients - gradients))
+    return _sampler_table.run(sampler, density, start, common, own), gradients
 
 
-def _density(log_density: LogDensityFn | LogDensity, dim: int | None, names: tuple[str, ...] | None) -> LogDensity:
+def _check_resumable(checkpoint: Any, seed: Seed) -> None:
+    if checkpoint is not None and seed is None:
+        wanted = "a run with checkpoint needs a seed, to start where it started before."
+        fail(SettingError, "sample", wanted, got="seed=None", fix="pass seed=0, say")
+
+
+def _density(
+    log_density: LogDensityFn | LogDensity,
+    dim: int | None,
+    names: tuple[str, ...] | None,
+    transform: Callable[[Tensor], Mapping[str, Tensor]] | None,
+) -> LogDensity:
+    """The density with the names and the transform that were given, if any, instead of its own."""
     if not isinstance(log_density, LogDensity):
         if dim is None:
             wanted = "dim must say how many coordinates a position has."
             fail(SettingError, "sample", wanted, got="None", fix="sample(log_density, dim=...)")
-        return LogDensity(log_density, dim, names)
+        log_density = LogDensity(log_density, dim)
     if dim not in (None, log_density.dim):
         wanted = f"dim must be {log_density.dim}, as in the LogDensity."
         fail(SettingError, "sample", wanted, got=repr(dim), fix="leave dim out")
-    return log_density if names is None else LogDensity(log_density.fn, log_density.dim, names)
+    if transform is not None or names is not None:
+        log_density = replace(log_density, names=names or log_density.names, transform=transform)
+    return log_density
 
 
 def _scatter(density: LogDensity, num_chains: int, seed: int, like: Tensor, tries: int = 100) -> Tensor:
@@ -250,6 +286,10 @@ def _diagnose(run: Run, values: dict[str, Tensor], sampler: str) -> dict[str, An
     found = {"engine": sampler, **worst, **summarize(run), "trace": trace}
     if run.trajectory_length is not None:
         found["trajectory_length"] = run.trajectory_length.tolist()
+    if run.log_evidence is not None:
+        found["log_evidence"] = run.log_evidence.tolist()
+    if "energy_error" in run.stats:
+        found |= {"energy_error": float(run.stats["energy_error"].mean()), "unadjusted": True}
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -45,29 +45,41 @@ def record(function: Callable[[Tensor], Any], example: Tensor) -> fx.GraphModule
     ]
     if drawn:
         raise RuntimeError(f"{drawn[0]} draws random numbers")
-    if example.dtype == torch.float64 and _widen(graph):
-        # shapes and dtypes of the intermediate values, which have changed
-        graph = make_fx(graph)(example)
+    if example.dtype == torch.float64:
+        _widen(graph)
+    _Kinds(graph).run(example)
     _simplify(graph)
     graph.recompile()
     return graph
 
 
-def _widen(module: fx.GraphModule) -> bool:
-    """float64 for float32, in constants and where an operation names its dtype; whether there was any."""
-    found = False
+class _Kind(NamedTuple):
+    """What is known of a value without looking at its numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Kinds(fx.Interpreter):
+    """Notes the kind of every value of a graph, by running it once."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta = {"kind": _Kind(result.shape, result.dtype, result.device)} if isinstance(result, Tensor) else {}
+        return result
+
+
+def _widen(module: fx.GraphModule) -> None:
+    """float64 for float32, in constants and where an operation names its dtype."""
     for node in module.graph.nodes:
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(module)
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 setattr(module, node.target, value.detach().double())
-                found = True
         elif node.op == "call_function":
-            args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _wide)
-            found |= (args, kwargs) != (node.args, node.kwargs)
-            node.args, node.kwargs = args, kwargs
+            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _wide)
     module.recompile()
-    return found
 
 
 def _wide(argument: Any) -> Any:
@@ -120,9 +132,7 @@ def _is_number(argument: Any, value: int) -> bool:
 
 
 def _alike(node: fx.Node, other: fx.Node) -> bool:
-    a, b = node.meta.get("val"), other.meta.get("val")
-    both = isinstance(a, Tensor) and isinstance(b, Tensor)
-    return both and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return node.meta.get("kind") is not None and node.meta.get("kind") == other.meta.get("kind")
 
 
 def _written(graph: fx.Graph) -> set[fx.Node]:
@@ -169,8 +179,8 @@ def _fold(module: fx.GraphModule) -> None:
 
 
 def _filled(node: fx.Node) -> Tensor | None:
-    like = node.meta.get("val")
-    if not isinstance(like, Tensor):
+    like = node.meta.get("kind")
+    if like is None:
         return None
     if node.target in (aten.full_like.default, aten.new_full.default):
         fill = node.args[-1]

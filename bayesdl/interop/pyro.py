@@ -141,7 +141,7 @@ class _Runner:
         num, kind = len(rows), (rows.dtype, rows.device)
         sizes = [size for size, *other in self._recorded if tuple(other) == kind]
         # chains that stop are taken out one after another: a few sizes serve all, with idle rows beside the real ones
-        fitting = [size for size in sizes if num <= size <= 2 * num]
+        fitting = [size for size in sizes if num <= size <= 4 * num]
         size = num if num in sizes or not sizes or num > max(sizes) else min(fitting, default=_power_of_two(num))
         if size > num:
             rows = torch.cat([rows, rows[:1].expand(size - num, -1)])
