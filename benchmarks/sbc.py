@@ -66,9 +66,9 @@ def hierarchical(y: Tensor) -> bdl.LogDensity:
 
 
 # Chains, warm-up and draws of each sampler: few long chains, or many short ones.
-LENGTHS = {"hmc": (4, 200, 250), "nuts": (4, 200, 200), "chees": (16, 200, 60)}
+LENGTHS = {"hmc": (4, 150, 200), "nuts": (4, 150, 150), "chees": (16, 150, 50)}
 NETWORK_LENGTHS = {"hmc": (4, 250, 400), "nuts": (4, 150, 120), "chees": (16, 120, 40)}
-STEPS: dict[str, dict[str, Any]] = {"hmc": {"num_steps": 16}, "nuts": {"max_depth": 6}, "chees": {}}
+STEPS: dict[str, dict[str, Any]] = {"hmc": {"num_steps": 12}, "nuts": {"max_depth": 6}, "chees": {}}
 
 
 def hierarchical_problem(sampler: str) -> tuple[Any, Any]:
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--samplers", nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
     parser.add_argument("--replications", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=20, help="data sets fitted at once")
+    parser.add_argument("--batch", type=int, default=40, help="data sets fitted at once")
     parser.add_argument(
         "--ranks", type=pathlib.Path, default=HERE / "results" / "sbc-ranks", help="folder of the ranks"
     )
@@ -176,7 +176,8 @@ def main() -> None:
             everything = pd.concat(tables).assign(**describe())
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             everything.round(5).to_csv(arguments.out, index=False)
-    draw(results)
+    if arguments.out == RESULTS:
+        draw(results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from scipy import stats
 
 import bayesdl as bdl
 from bayesdl.errors import ConvergenceWarning, SettingError, ShapeError, StorageError
-from bayesdl.testing import NetworkPrior, SampledDensity, sbc
+from bayesdl.testing import NetworkPrior, ProcessPrior, SampledDensity, sbc
 
 ROOT = Path(__file__).parents[1]
 SPREAD, NOISE, N = 1.3, 0.7, 5
@@ -255,6 +255,50 @@ def test_a_posterior_that_is_no_set_of_networks_is_ranked_by_its_functions():
     found = NetworkPrior(linear(), X, X[:3]).quantities(Other(), X, X[:, 0])
     assert {name: tuple(value.shape) for name, value in found.items()} == {"f": (2, 1, 1000, 3)}
     assert (found["f"][1] == 1).all()
+
+
+# ---- Gaussian processes ----------------------------------------------------------------------------------------------
+
+
+def process(ard=False, mean="constant"):
+    prior = bdl.hyper.LogNormal(-0.5, 0.5)
+    matern = bdl.kernels.Matern(nu=1.5, ard=ard, lengthscale_prior=prior)
+    kernel = bdl.kernels.Scale(matern, outputscale_prior=bdl.hyper.LogNormal(0.3, 0.4))
+    return bdl.GP(kernel, mean, likelihood=bdl.Gaussian(prior=bdl.hyper.LogNormal(-2.0, 0.5)))
+
+
+def test_truths_of_a_process_prior_are_draws_of_their_priors_and_their_likelihood_is_scipys():
+    """600 draws: Kolmogorov and Smirnov at 1e-4 on three log-normal laws and the mean; log N(y) up to its constant."""
+    x = torch.cat([X, X.square()], -1)
+    truths = ProcessPrior(process(ard=True), x)
+    source = torch.Generator().manual_seed(3)
+    drawn = [truths.simulate(source) for _ in range(600)]
+    laws = {"kernel.outputscale": (0.3, 0.4), "kernel.base.lengthscale": (-0.5, 0.5), "noise_variance": (-2.0, 0.5)}
+    for name, (loc, scale) in laws.items():
+        values = torch.stack([t[name] for t, _ in drawn])
+        assert values.shape == ((600, 2) if "lengthscale" in name else (600,))
+        assert stats.kstest(values.log().flatten().numpy(), stats.norm(loc, scale).cdf).pvalue > 1e-4
+    assert stats.kstest(torch.stack([t["mean"] for t, _ in drawn]).numpy(), "norm").pvalue > 1e-4
+    squares = []
+    for truth, (inputs, y) in drawn[:100]:
+        scaled = (inputs.unsqueeze(1) - inputs) / truth["kernel.base.lengthscale"]
+        r = 3**0.5 * scaled.square().sum(-1).sqrt()
+        k = truth["kernel.outputscale"] * (1 + r) * torch.exp(-r) + truth["noise_variance"] * torch.eye(len(y))
+        wanted = stats.multivariate_normal(torch.full((6,), float(truth["mean"])).numpy(), k.numpy()).logpdf(y.numpy())
+        assert float(truth["log_likelihood"]) - 3 * np.log(2 * np.pi) == pytest.approx(wanted, rel=1e-6)
+        squares.append(float((y - truth["mean"]) @ torch.linalg.solve(k, y - truth["mean"])))
+    assert stats.kstest(squares, stats.chi2(6).cdf).pvalue > 1e-4
+
+
+def test_hmc_on_a_process_is_calibrated_in_batches():
+    """Five quantities, 24 replications, the smallest p-value above 0.01 / 5: a false alarm for 1 in 100 seeds."""
+    engine = bdl.HMC(process(), num_chains=4, num_warmup=60, num_draws=60, num_steps=6, standardize=False)
+    result = sbc(engine, ProcessPrior(process(), X), 24, 30, seed=3, batch_size=24)
+    names = ("kernel.outputscale", "kernel.base.lengthscale", "noise_variance", "mean", "log_likelihood")
+    assert set(result.names) == set(names)
+    assert result.passed
+    with pytest.raises(SettingError, match="standardise"):
+        sbc(bdl.NUTS(process()), ProcessPrior(process(), X), 4)
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------

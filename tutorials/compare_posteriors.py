@@ -188,7 +188,9 @@ for name, engine in by_minibatches:
 # %% [markdown]
 # HMC needs to be told how long its trajectories are. `NUTS` lets each end where it turns back; `ChEES` lets many
 # chains learn one length for all; `MAMS` moves at unit speed, steered by the gradient; `MCLMC` does so without an
-# accept step, which leaves a small bias. On a smaller network, for which a minute is plenty, they agree:
+# accept step, which leaves a small bias; `MEADS` keeps its momentum from step to step, and many chains tune one
+# another; `SMC` carries particles from the prior to the posterior and estimates the evidence on the way. On a smaller
+# network, for which a minute is plenty, they agree:
 
 # %%
 small_bnn = bdl.BNN(hidden=(6,), activation="tanh", prior=wiggly)
@@ -198,6 +200,8 @@ samplers = [
     ("ChEES", bdl.ChEES(small_bnn, 2 * NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, max_steps=32)),
     ("MAMS", bdl.MAMS(small_bnn, 2 * NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, max_steps=32)),
     ("MCLMC", bdl.MCLMC(small_bnn, 2 * NUM_CHAINS, 10 * NUM_WARMUP, NUM_DRAWS, thin=10)),
+    ("MEADS", bdl.MEADS(small_bnn, 4 * NUM_CHAINS, 10 * NUM_WARMUP, NUM_DRAWS, thin=10)),
+    ("SMC", bdl.SMC(small_bnn, num_particles=NUM_DRAWS, num_islands=NUM_CHAINS)),
 ]
 print("sd of f in the gap, effective draws and gradients per chain")
 for name, engine in samplers:

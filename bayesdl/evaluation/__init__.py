@@ -26,12 +26,14 @@ from bayesdl.evaluation.scores import (
     rmse,
 )
 from bayesdl.evaluation.uniformity import EcdfBand, Uniformity, ecdf_band, uniformity
+from bayesdl.evaluation.verdict import Verdict, verdict
 
 __all__ = [
     "EcdfBand",
     "ReliabilityCurve",
     "SBCResult",
     "Uniformity",
+    "Verdict",
     "accuracy",
     "brier",
     "calibration_band",
@@ -50,5 +52,6 @@ __all__ = [
     "rmse",
     "total_variation",
     "uniformity",
+    "verdict",
     "wasserstein2",
 ]

@@ -1,4 +1,4 @@
-"""The samplers behind `bdl.sample`: one entry of the table each, with the settings that it has and what it calls them."""
+"""The samplers behind `bdl.sample`, one entry of a table each: the settings that it has, and what it calls them."""
 
 from __future__ import annotations
 
@@ -102,12 +102,10 @@ def _particles(density: LogDensity, start: Start, common: Common, own: dict[str,
 
 
 _TARGETS = {"target_accept": "target_accept", "metric": "metric"}
-_LENGTH = "num_steps bounds a trajectory"
+_LENGTH, _DEPTH = "num_steps bounds a trajectory", "max_depth bounds a trajectory"
 SAMPLERS = {
     "hmc": Sampler(_chains(hmc.run, "diagonal"), {"num_steps": "num_steps", **_TARGETS}, _LENGTH),
-    "nuts": Sampler(
-        _chains(nuts.run, "diagonal"), {"max_depth": "max_depth", **_TARGETS}, "max_depth bounds a trajectory"
-    ),
+    "nuts": Sampler(_chains(nuts.run, "diagonal"), {"max_depth": "max_depth", **_TARGETS}, _DEPTH),
     "chees": Sampler(_chains(chees.run, "dense"), {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
     "mams": Sampler(_chains(mams.run, "dense"), {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
     "mclmc": Sampler(_chains(mclmc.run, "diagonal"), {"metric": "metric"}, "it adapts step size and length by itself"),

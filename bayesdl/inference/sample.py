@@ -43,8 +43,8 @@ class Chains:
             "e_bfmi" (one per chain), "acceptance_rate", "step_size", "num_gradients" (per chain), "seconds", "engine"
             and "trace", {"log_density": chains x draws}; of NUTS also "max_depth_reached" (draws whose tree was cut
             short), of those that have one "trajectory_length", of MCLMC "energy_error" (mean square per coordinate and
-            step) and "unadjusted", of SMC "log_evidence", of a start by Pathfinder "pathfinder" (its khat, its ELBOs and
-            its gradients, which count in "num_gradients"). "stopped_by" is "num_draws" or "max_gradients".
+            step) and "unadjusted", of SMC "log_evidence", of a start by Pathfinder "pathfinder" (its khat, ELBOs and
+            gradients, which count in "num_gradients"). "stopped_by" is "num_draws" or "max_gradients".
         inverse_mass: The adapted inverse mass matrix, (dim,) or (dim, dim).
         log_evidence: Log of the integral of exp(log_density), of "smc"; None for other samplers.
         density: What was drawn from.
@@ -107,9 +107,9 @@ def sample(
         dim: Number of coordinates; needed unless `log_density` is a `LogDensity`.
         sampler: The name of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they
             turn back, for few chains and uneven targets; "chees", one length learned for all chains, for 16 or more;
-            "mams", straight paths at unit speed with an accept step; "mclmc", the same without, biased; "smc", particles
-            carried from a Gaussian, for several modes and for the evidence: chains are then independent islands,
-            draws their particles, and there is neither warm-up nor thinning.
+            "mams", paths of unit speed with an accept step; "mclmc", the same without, biased; "smc", particles carried
+            from a Gaussian, for several modes and for the evidence: chains are then independent islands, draws their
+            particles, and there is neither warm-up nor thinning.
         num_chains: Chains run in one batch; many cost little more than few.
         num_warmup: Transitions that adapt the step size and the metric, from all chains together.
         num_draws: Draws kept per chain.

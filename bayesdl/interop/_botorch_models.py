@@ -426,52 +426,6 @@ class MemberModel(SurrogateModel):
         return MemberModel(self._source, self._law, self._members, self._seed, seen)
 
 
-class FusedModel(SurrogateModel):
-    """Independent posteriors as one model of all their outputs; for members, member s of each makes up member s.
-
-    Args:
-        models: All Gaussian or all by members, trained on inputs of the same number of columns.
-    """
-
-    def __init__(self, models: list[SurrogateModel]) -> None:
-        super().__init__()
-        self._models = torch.nn.ModuleList(models)
-        ways = {model.conditioning for model in models}
-        self.conditioning = next(way for way in ("none", "kalman", "exact") if way in ways)
-
-    @property
-    def sources(self) -> tuple[Posterior, ...]:
-        """The posteriors."""
-        return tuple(source for model in self._models for source in model.sources)
-
-    @property
-    def _observed(self) -> Observations | None:
-        parts = [model._observed for model in self._models]
-        if parts[0] is None:
-            return None
-        lead = torch.broadcast_shapes(*(part.y.shape[:-2] for part in parts))
-        y = torch.cat([part.y.expand(*lead, *part.y.shape[-2:]) for part in parts], -1)
-        return Observations(parts[0].x, y, None)
-
-    @property
-    def _num_all_outputs(self) -> int:
-        return sum(model.num_outputs for model in self._models)
-
-    def _answer(self, x: Tensor, noise: Noise) -> GaussianAnswer | MemberAnswer:
-        first, *others = (model._answer(x, part) for model, part in zip(self._models, self._share(noise), strict=True))
-        return first.join(others)
-
-    def _conditioned(self, new: Observations) -> FusedModel:
-        parts = zip(self._models, self._share(new.y), self._share(new.noise), strict=True)
-        return FusedModel([model._conditioned(Observations(new.x, y, noise)) for model, y, noise in parts])
-
-    def _share(self, value: Any) -> list[Any]:
-        """Each model's own outputs of a tensor (..., m), or the value itself."""
-        if not isinstance(value, Tensor) or value.shape[-1] == 1:
-            return [value] * len(self._models)
-        return list(value.split([model.num_outputs for model in self._models], -1))
-
-
 def _as_trained(source: Posterior, x: Tensor) -> Tensor:
     """x in the dtype in which the posterior was trained."""
     return x.to(source._data.x.dtype)

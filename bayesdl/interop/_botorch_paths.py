@@ -13,6 +13,7 @@ from torch import Tensor
 from bayesdl import _checks
 from bayesdl._random import Seed, child_seeds
 from bayesdl.errors import ShapeError, fail
+from bayesdl.interop._botorch_fused import FusedModel
 from bayesdl.interop._botorch_laws import member_values
 from bayesdl.interop._botorch_models import SurrogateModel
 from bayesdl.posterior import Posterior
@@ -31,6 +32,7 @@ class Paths:
         self._sample_shape = torch.Size(sample_shape)
         num, seeds = max(1, self._sample_shape.numel()), child_seeds(seed, len(sources))
         self._drawn = [(source, source.functions(num, seed=s)) for source, s in zip(sources, seeds, strict=True)]
+        self._several = sum(source._data.y.shape[-1] for source in sources) > 1
 
     def values(self, x: Tensor) -> Tensor:
         """Every function at its own points: x (*t, N or 1, q, d) -> (*t, N, q, m) for N functions."""
@@ -46,18 +48,29 @@ class Paths:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(*t, *sample_shape, n), or (*t, *sample_shape, m, n) where x has an axis of 1 for outputs before n."""
-        several = sum(source._data.y.shape[-1] for source, _ in self._drawn) > 1
-        x = x.squeeze(-3) if several else x
+        x = x.squeeze(-3) if self._several else x
         k = len(self._sample_shape)
-        head = x.shape[: x.ndim - 2 - k] if k else x.shape[:-2]
-        own = x.shape[x.ndim - 2 - k : -2] if k else torch.Size()
-        shared = own.numel() == 1 or len(own) < k
-        flat = x.reshape(*head, 1 if shared else own.numel(), *x.shape[-2:])
+        x = x.reshape(*[1] * (k + 2 - x.ndim), *x.shape)
+        head, own = x.shape[: x.ndim - 2 - k], x.shape[x.ndim - 2 - k : -2]
+        flat = x.reshape(*head, own.numel(), *x.shape[-2:])
         values = self.values(flat).reshape(*head, *self._sample_shape, x.shape[-2], -1)
-        return values.mT if several else values.squeeze(-1)
+        return values.mT if self._several else values.squeeze(-1)
 
     def set_ensemble_as_batch(self, ensemble_as_batch: bool) -> None:
         """Nothing: no axis of these paths is an ensemble's."""
+
+
+class _PathList:
+    """The outputs of paths one by one, as BoTorch takes those of a list of models."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self._paths(x.unsqueeze(-3)).unbind(-2)
+
+    def set_ensemble_as_batch(self, ensemble_as_batch: bool) -> None:
+        """Nothing."""
 
 
 @DrawMatheronPaths.register(SurrogateModel)
@@ -68,7 +81,8 @@ def _draw_paths(model: SurrogateModel, sample_shape: torch.Size, **kwargs: Any) 
             "draw_matheron_paths: a model conditioned by BoTorch draws no paths.\n"
             "  fix  posterior.condition_on(x, y).to_botorch(), or fit to all data"
         )
-    return Paths(model.sources, sample_shape, model._next_seed())
+    paths = Paths(model.sources, sample_shape, model._next_seed())
+    return _PathList(paths) if isinstance(model, FusedModel) else paths
 
 
 def thompson_maxima(

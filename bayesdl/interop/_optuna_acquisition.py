@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import botorch.acquisition
-import botorch.acquisition.multi_objective
 import botorch.acquisition.multi_objective.logei as hypervolume
 import torch
 from botorch.acquisition import AcquisitionFunction, OneShotAcquisitionFunction
 from botorch.acquisition.factory import get_acquisition_function
-from botorch.acquisition.input_constructors import get_acqf_input_constructor
+from botorch.acquisition.input_constructors import ACQF_INPUT_CONSTRUCTOR_REGISTRY
 from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
-from botorch.acquisition.objective import GenericMCObjective, IdentityMCObjective, ScalarizedPosteriorTransform
+from botorch.acquisition.objective import GenericMCObjective, IdentityMCObjective
 from botorch.exceptions.errors import UnsupportedError
 from botorch.exceptions.warnings import BadInitialCandidatesWarning
 from botorch.models.model import Model
@@ -135,8 +133,8 @@ def seeded(seed: int) -> Iterator[None]:
 def _without_compiler() -> Iterator[None]:
     """Keep BoTorch from compiling a kernel for logarithmic hypervolume improvement when one is first built.
 
-    A worker that is killed while it compiles leaves a lock behind on which every later one waits for ever; and a machine
-    with a compiler would propose other points, in the last digits, than one without.
+    A worker that is killed while it compiles leaves a lock behind on which every later one waits for ever; and machines
+    with a compiler would propose other points, in the last digits, than those without.
     """
     attempted = getattr(hypervolume, "_load_attempted", True)
     hypervolume._load_attempted = True
@@ -194,16 +192,12 @@ class _Goals:
         m, k = record.y.shape[-1], record.constraints.shape[-1]
         self.constraints = [lambda samples, i=i: samples[..., i] for i in range(m, m + k)] or None
         self.reference_point = None
-        self.transform = None
         if m > 1:
             self.objective: Any = IdentityMCMultiOutputObjective(outcomes=list(range(m)), num_outcomes=m + k)
             chosen = search.reference_point
             self.reference_point = reference_point(record) if chosen is None else torch.tensor(chosen).to(record.y)
         elif k:
             self.objective = GenericMCObjective(lambda samples, X=None: samples[..., 0])
-            weights = torch.zeros(1 + k, dtype=torch.float64)
-            weights[0] = 1.0
-            self.transform = ScalarizedPosteriorTransform(weights)
         else:
             self.objective = IdentityMCObjective()
 
@@ -219,43 +213,48 @@ def _from_registry(
     name: str, search: Search, model: Model, record: Record, encoding: Encoding, goals: _Goals
 ) -> AcquisitionFunction:
     """Any acquisition class for which BoTorch has an input constructor, by the name of the class."""
-    kind = getattr(botorch.acquisition, name, None) or getattr(botorch.acquisition.multi_objective, name, None)
-    try:
-        construct = get_acqf_input_constructor(kind)
-    except (RuntimeError, AttributeError, TypeError):
+    kinds = {kind.__name__: kind for kind in ACQF_INPUT_CONSTRUCTOR_REGISTRY}
+    if name not in kinds:
         wanted = "acquisition must be a name that BoTorch knows, or a function of (model, record)."
         fix = f"one of {', '.join(_FACTORY)}, or a class such as qKnowledgeGradient"
         fail(SettingError, "acquisition", wanted, got=repr(name), fix=fix)
-    several = record.y.shape[-1] > 1
+    construct = ACQF_INPUT_CONSTRUCTOR_REGISTRY[kinds[name]]
+    # BoTorch wraps its constructors in a function that drops what they do not take; the closure has what they take
+    taken = inspect.signature(inspect.getclosurevars(construct).nonlocals.get("f", construct)).parameters
+    m, k = record.y.shape[-1], record.constraints.shape[-1]
+    try:
+        if k and not {"constraints", "constraints_tuple"} & set(taken):
+            raise UnsupportedError(f"{name} knows no constraints")
+        known = _inputs(record, encoding, goals)
+        chosen = {key: value for key, value in known.items() if key in taken and value is not None}
+        return kinds[name](**construct(model=model, **{**chosen, **search.options}))
+    except (TypeError, ValueError, NotImplementedError, UnsupportedError) as error:
+        wanted = f"{name} must suit {m} objective(s) and {k} constraint(s)."
+        got = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fail(SettingError, "acquisition", wanted, got=got, fix='acquisition="auto", or acquisition_options for it')
+
+
+def _inputs(record: Record, encoding: Encoding, goals: _Goals) -> dict[str, Any]:
+    """What input constructors may ask for, under BoTorch's names."""
     outputs = torch.cat([record.y, record.constraints], -1)
-    names = [f"y{i}" for i in range(outputs.shape[-1])]
-    data = SupervisedDataset(record.z, outputs, feature_names=list(encoding.names), outcome_names=names)
-    corners = torch.as_tensor(encoding.bounds)
-    known = {
-        "training_data": data,
-        "objective": goals.objective if several or goals.constraints else None,
-        "posterior_transform": goals.transform,
+    m, k = record.y.shape[-1], record.constraints.shape[-1]
+    names = [f"y{i}" for i in range(m + k)]
+    limits = torch.eye(m + k, dtype=torch.float64)[m:]
+    plain = m == 1 and k == 0
+    return {
+        "training_data": SupervisedDataset(
+            record.z, outputs, feature_names=list(encoding.names), outcome_names=names, validate_init=False
+        ),
+        "objective": None if plain else goals.objective,
         "constraints": goals.constraints,
+        "constraints_tuple": (limits, torch.zeros(k, 1, dtype=torch.float64)) if k else None,
         "objective_thresholds": goals.reference_point,
         "X_baseline": record.z,
-        "bounds": [(float(low), float(high)) for low, high in corners.T],
+        "bounds": [(float(low), float(high)) for low, high in encoding.bounds.T],
         "candidate_set": _candidates(encoding),
         "prune_baseline": True,
         "cache_root": False,
-        **search.options,
     }
-    taken = inspect.signature(construct).parameters
-    loose = any(p.kind == p.VAR_KEYWORD for p in taken.values())
-    chosen = {key: value for key, value in known.items() if key in taken or (loose and key in search.options)}
-    if "posterior_transform" in chosen and "constraints" in taken:
-        chosen.pop("posterior_transform")
-    try:
-        inputs = construct(model=model, **{key: value for key, value in chosen.items() if value is not None})
-        return kind(**inputs)
-    except (TypeError, ValueError, NotImplementedError, UnsupportedError) as error:
-        wanted = f"{name} must suit {record.y.shape[-1]} objective(s) and {record.constraints.shape[-1]} constraint(s)."
-        got = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(SettingError, "acquisition", wanted, got=got, fix='acquisition="auto", or acquisition_options for it')
 
 
 def _candidates(encoding: Encoding) -> Tensor:
@@ -264,14 +263,15 @@ def _candidates(encoding: Encoding) -> Tensor:
     return encoding.from_unit(engine.draw(256, dtype=torch.float64))
 
 
-class Guarded(AcquisitionFunction):
-    """An acquisition function lowered where evaluations are likely to fail: by log P(success) for one point (*t 1 p).
+class Surface(AcquisitionFunction):
+    """What the optimiser climbs: an acquisition function, lowered where evaluations are likely to fail (*t 1 p).
 
-    A logarithmic improvement becomes that of an improvement times the probability; anything else is lowered in units of
-    the spread of what was observed.
+    By log P(success) a logarithmic improvement becomes that of an improvement times the probability; anything else is
+    lowered by it in units of the spread of what was observed. Where the gradient is not a number, as it is at a point
+    that was observed without noise, whose covariance with itself is singular, it is taken for 0.
     """
 
-    def __init__(self, inner: AcquisitionFunction, feasibility: Feasibility, weight: float) -> None:
+    def __init__(self, inner: AcquisitionFunction, feasibility: Feasibility | None, weight: float) -> None:
         super().__init__(inner.model)
         self._inner = inner
         self._feasibility = feasibility
@@ -279,16 +279,31 @@ class Guarded(AcquisitionFunction):
 
     def forward(self, X: Tensor) -> Tensor:
         """(*t)."""
-        return self._inner(X) + self._weight * self._feasibility(X).sum(-1)
+        X = _FiniteGradient.apply(X)
+        value = self._inner(X)
+        return value if self._feasibility is None else value + self._weight * self._feasibility(X).sum(-1)
 
 
-def guarded(acquisition: AcquisitionFunction, feasibility: Model | None, record: Record) -> AcquisitionFunction:
-    """`acquisition`, lowered where `feasibility` expects failures; as it is without one, and for one-shot ones."""
-    if feasibility is None or isinstance(acquisition, OneShotAcquisitionFunction):
+class _FiniteGradient(torch.autograd.Function):
+    """The identity, with entries of the gradient that are not finite set to 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def surface(acquisition: AcquisitionFunction, feasibility: Model | None, record: Record) -> AcquisitionFunction:
+    """What is climbed for `acquisition`; one-shot acquisitions, whose points include imagined ones, as they are."""
+    if isinstance(acquisition, OneShotAcquisitionFunction):
         return acquisition
     log = bool(getattr(acquisition, "_log", False))
     spread = float(record.y.std(0).mean()) if len(record.y) > 1 else 1.0
-    return Guarded(acquisition, Feasibility(feasibility), 1.0 if log else spread)
+    prior = None if feasibility is None else Feasibility(feasibility)
+    return Surface(acquisition, prior, 1.0 if log else spread)
 
 
 def optimise(acquisition: AcquisitionFunction, search: Search, encoding: Encoding, record: Record, seed: int) -> Tensor:
@@ -314,7 +329,8 @@ def optimise(acquisition: AcquisitionFunction, search: Search, encoding: Encodin
         ][-1]
     grids = {i: values for i, values in encoding.grids.items() if len(values) > 1}
     categories = {i: discrete[i] for i in encoding.categories}
-    return optimize_acqf_mixed_alternating(acquisition, bounds, grids, categories, **settings)[0][-1]
+    options = {"maxiter_init": 50, "maxiter_alternating": 32}
+    return optimize_acqf_mixed_alternating(acquisition, bounds, grids, categories, options, **settings)[0][-1]
 
 
 def _unseen(points: Tensor, seen: Tensor) -> Tensor:

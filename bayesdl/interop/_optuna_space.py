@@ -112,7 +112,9 @@ class _Number:
         if self.grid is not None:
             at = min(range(len(self.grid)), key=lambda i: abs(self.grid[i] - u))
             return self._values[at]
-        warped = self._low + min(1.0, max(0.0, u)) * (self._high - self._low)
+        if not 0.0 < u < 1.0:
+            return self._dist.low if u <= 0.0 else self._dist.high  # exactly, whatever exp makes of log
+        warped = self._low + u * (self._high - self._low)
         value = math.exp(warped) if self._dist.log else warped
         dist = self._dist
         step = getattr(dist, "step", None)

@@ -66,6 +66,7 @@ class Program:
         observed: The data by name of the observed site.
         shapes: The shape of every latent and every deterministic value of one position, by name.
         enumerated: Names of the discrete latent sites, which are summed out.
+        sequential: Names of the plates that the model runs through one by one.
         dim: Numbers in a position.
     """
 
@@ -82,6 +83,8 @@ class Program:
         self.shapes = {name: trace.nodes[name]["value"].shape for name in trace.nodes if name in kept}
         self.observed = {name: trace.nodes[name]["value"] for name in centre.observed}
         self.likelihood_shapes = {name: trace.nodes[name]["fn"].batch_shape for name in self.observed}
+        frames = [frame for site in trace.nodes.values() for frame in site.get("cond_indep_stack", ())]
+        self.sequential = {frame.name for frame in frames if not frame.vectorized}
         self.depth = _depth(trace, plates_only=bool(self.enumerated))
         if not self.sites:
             wanted = "the model must have a continuous latent site."
@@ -91,7 +94,8 @@ class Program:
     def run(self, q: Tensor, *, chains: bool, observe: bool = True, enumerate_: bool = True) -> _Run:
         """The model at one position (dim), or with `chains` at positions (B, dim) in an outer plate.
 
-        To be called, and read, inside `unchecked`. With observe=False observed sites are drawn anew from torch's global generator.
+        To be called, and read, inside `unchecked`. With observe=False observed sites are drawn anew, from torch's
+        global generator.
         """
         supply = _Supply(self, q, chains)
         model = self._model
@@ -221,7 +225,12 @@ class _Supply(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
-        if msg["is_observed"] or isinstance(fn, _Subsample):
+        if isinstance(fn, _Subsample):
+            # a tensor to be read number by number, which no recording can follow
+            if msg["value"] is None and name in self._program.sequential:
+                msg["value"] = list(range(fn.size))
+            return
+        if msg["is_observed"]:
             return
         site = self._program.sites.get(name)
         if site is None:

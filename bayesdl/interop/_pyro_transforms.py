@@ -1,7 +1,7 @@
 r"""Bijections from R^m to the support of a site, with their log Jacobians.
 
 torch and Pyro register one for most supports. For Cholesky factors and covariance matrices theirs start from full n x n
-matrices, whose upper half does nothing, and know no Jacobian; those here start from the n (n + 1) / 2 numbers there are:
+matrices, whose upper half does nothing, and know no Jacobian. Those here start from n (n + 1) / 2 numbers:
 
     L_ii = exp(u_ii), L_ij = u_ij (i > j),   log |dL / du| = sum_i u_ii
     S = L L',                                log |dS / du| = n log 2 + sum_i (n - i + 1) u_ii,   i = 1 … n

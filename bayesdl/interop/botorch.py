@@ -24,9 +24,10 @@ from bayesdl.interop._botorch_acquisition import (
     LogProbabilityOfImprovement,
     ProbabilityOfImprovement,
 )
+from bayesdl.interop._botorch_fused import FusedModel
 from bayesdl.interop._botorch_laws import Members, law_of
 from bayesdl.interop._botorch_members import MemberPosterior, MemberSampler
-from bayesdl.interop._botorch_models import FusedModel, GaussianModel, MemberModel, SurrogateModel
+from bayesdl.interop._botorch_models import GaussianModel, MemberModel, SurrogateModel
 from bayesdl.interop._botorch_paths import thompson_maxima
 from bayesdl.posterior import Posterior
 
@@ -102,4 +103,4 @@ def fuse(
         view = "gaussian" if closed else "samples"
     pairs = zip(posteriors, seeds, strict=True)
     parts = [to_botorch(posterior, view, num_samples=num_samples, seed=own) for posterior, own in pairs]
-    return FusedModel(parts)
+    return FusedModel(*parts)

@@ -145,7 +145,7 @@ class BayesdlSampler(BaseSampler):
         return encoding.decode(z)
 
     def propose(self, study: optuna.Study, record: Record, encoding: Encoding) -> tuple[torch.Tensor, dict[str, float]]:
-        """Coordinates (p) of the next point given `record`; CPU seconds of fit and acquisition, and both by the clock."""
+        """Coordinates (p) of the next point given `record`, and what it took: CPU seconds, and both by the clock."""
         from bayesdl.interop import _optuna_acquisition as acquisitions
 
         search = acquisitions.Search(
@@ -158,7 +158,7 @@ class BayesdlSampler(BaseSampler):
         fitted = time.process_time()
         with acquisitions.seeded(seed):
             built = acquisitions.build(search, model, record, encoding, seed)
-            built = acquisitions.guarded(built, success, record)
+            built = acquisitions.surface(built, success, record)
             z = acquisitions.optimise(built, search, encoding, record, seed)
         if len(record.pending) and bool(((record.pending - z).abs().amax(-1) < 1e-9).any()):
             z = self._quasi_random(encoding, record.rank)  # what is under way already

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from bayesdl.samplers import chees, cyclical, hmc, mams, mclmc, nuts, sghmc, sgld
+from bayesdl.samplers import chees, cyclical, hmc, mams, mclmc, meads, nuts, pathfinder, sghmc, sgld, smc
 from bayesdl.samplers.base import LogDensityFn, Run, summarize
 
-__all__ = ["LogDensityFn", "Run", "chees", "cyclical", "hmc", "mams", "mclmc", "nuts", "sghmc", "sgld", "summarize"]
+__all__ = [
+    "LogDensityFn",
+    "Run",
+    "chees",
+    "cyclical",
+    "hmc",
+    "mams",
+    "mclmc",
+    "meads",
+    "nuts",
+    "pathfinder",
+    "sghmc",
+    "sgld",
+    "smc",
+    "summarize",
+]

@@ -43,8 +43,13 @@ class Tuner(Protocol):
     def start(self, tuning: Any, parameters: Any) -> tuple[Any, Any]:
         """Parameters and tuning with which to begin; `tuning` is what `restart` has made of windows before, or None."""
 
-    def observe(self, tuning: Any, before: State, info: Any, parameters: Any, moments: Moments) -> tuple[Any, Any]:
-        """Parameters and tuning after one more transition; `moments` are those of the window so far."""
+    def observe(
+        self, tuning: Any, before: State, info: Any, parameters: Any, moments: Moments, arrived: Tensor
+    ) -> tuple[Any, Any]:
+        """Parameters and tuning after one more transition.
+
+        `moments` are those of the window so far; chains that have not `arrived` (*g, C) say nothing of the target.
+        """
 
     def restart(self, tuning: Any, moments: Moments, parameters: Any) -> tuple[Any, Any]:
         """Parameters and tuning to go on with under a new metric, which came from `moments`."""
@@ -152,11 +157,13 @@ class Adapted:
         if self._windows and self._windows[0][0] <= t < self._stop:
             moments = adaptation.add_to_moments(moments, *adaptation.stand_ins(state, arrived))
         if tuner is not None and count >= 0:
-            parameters, tuning = tuner.observe(tuning, before, info, parameters, moments)
+            parameters, tuning = tuner.observe(tuning, before, info, parameters, moments, arrived)
         # Chains that are still on their way would be left behind by a step size that suits the others.
         waiting = count == -1 and tuner is not None and 2 * t < self.num_warmup and not bool(arrived.all())
         carry = Carry(state, parameters, averaging, moments, tuning, count if waiting else count + 1)
-        if any(t + 1 == end for _, end in self._windows):
+        ends = any(t + 1 == end for _, end in self._windows)
+        # What was seen while chains were on their way must not weigh in the metrics to come.
+        if ends or (count == -1 and not waiting and self._together < t + 1 < self._stop):
             carry, more = self._end_window(carry, numbers)
             info = info._replace(num_gradients=info.num_gradients + more)
         return carry, info

@@ -41,14 +41,19 @@ class Schedule(NamedTuple):
 
 
 def schedule(num_warmup: int, *, settle: bool) -> Schedule:
-    """Three quarters of the warm-up as in `adaptation.slow_windows`, and one quarter with the final metric.
+    """Windows as in `adaptation.slow_windows`, and the watch after the last of them.
 
-    That quarter is for watching, in its first half only where the step size must `settle` after the length.
+    With `settle` it is the middle half of those last transitions, so that the step size can follow the metric before it
+    and the length after it; else the last quarter of all, for which the windows make room.
     """
-    tail = num_warmup // 4 if num_warmup >= 40 else 0
+    if num_warmup < 40:
+        windows = adaptation.slow_windows(num_warmup)
+        return Schedule(windows[0][0] if windows else 0, windows, (num_warmup, num_warmup))
+    tail = 0 if settle else num_warmup // 4
     windows = adaptation.slow_windows(num_warmup - tail)
-    end = num_warmup - tail // 2 if settle else num_warmup
-    return Schedule(windows[0][0] if windows else 0, windows, (num_warmup - tail, end if tail else num_warmup))
+    rest = num_warmup - windows[-1][1]
+    watched = (num_warmup - rest + rest // 4, num_warmup - rest // 4) if settle else (num_warmup - tail, num_warmup)
+    return Schedule(windows[0][0], windows, watched)
 
 
 def metric_for(initial: Tensor, num_warmup: int, inverse_mass: Tensor | None) -> str:

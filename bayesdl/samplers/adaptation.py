@@ -25,7 +25,7 @@ from bayesdl.samplers.hamiltonian import Metric, State, diagonal_metric, energy,
 RANK = 32  # directions of a low-rank metric
 EARLY_WINDOWS = 2  # in which chains may still be on their way
 _GAMMA, _KAPPA, _T0 = 0.05, 0.75, 10.0
-_FAR = 20.0  # how far below the others, in units of its usual change, a log density shows a chain on its way
+_FAR = 8.0  # how far below the others, in units of its usual change, a log density shows a chain on its way
 
 
 class DualAveraging(NamedTuple):
@@ -104,18 +104,20 @@ def pool_step_sizes(step_size: Tensor, counts: Tensor) -> Tensor:
     return (total / counts.sum(-1, keepdim=True).clamp(min=1)).exp().to(step_size)
 
 
-def windows(num_warmup: int) -> tuple[tuple[int, int], ...]:
+def windows(num_warmup: int, num_chains: int = 1) -> tuple[tuple[int, int], ...]:
     """The windows [start, end) of warm-up over which a metric is estimated from positions and gradients.
 
     They begin with transition 5 and last 10, 20, 40, ... transitions (the last one takes what is left), for such a
-    metric is of use after a few draws; then 50 transitions, or a quarter of fewer than 200, adapt the step size to the
-    final metric. Below 20 transitions there is none.
+    metric is of use after a few draws; with 16 chains or more with transition 3, and last 5, 10, 20, .... Then 50
+    transitions, or a quarter of fewer than 200, adapt the step size to the final metric. Below 20 transitions there
+    is none.
     """
     if num_warmup < 20:
         return ()
     stop = num_warmup - min(50, num_warmup // 4)
     found = []
-    start, size = min(5, num_warmup // 10), 10
+    start, size = (5, 10) if num_chains < 16 else (3, 5)
+    start = min(start, num_warmup // 10)
     while start < stop:
         # A window that its successor could not follow in full length runs to the end instead.
         end = stop if start + 3 * size > stop else start + size

@@ -43,7 +43,7 @@ __all__ = ["MAX_DENSE", "Info", "Parameters", "State", "init", "run", "step"]
 MAX_DENSE = 500  # coordinates up to which covariances are kept whole
 _LEARNING_RATE, _DECAY, _MAX_CHANGE = 0.025, 0.95, 0.35
 _TRAVEL = 10  # steps of the first trajectories, where no window has given a floor
-_TRAVEL_DEPTH = 6  # of the trees by which chains travel at first
+_TRAVEL_DEPTH = 8  # of the trees by which chains travel at first
 
 
 class Parameters(NamedTuple):
@@ -261,13 +261,13 @@ class _TrajectoryTuner:
         return parameters, _begin(parameters, None, None)
 
     def observe(
-        self, tuning: _Tuning, before: State, info: Info, parameters: Parameters, moments: Moments
+        self, tuning: _Tuning, before: State, info: Info, parameters: Parameters, moments: Moments, arrived: Tensor
     ) -> tuple[Parameters, _Tuning]:
         """One step along the slope of the criterion; its centre is the mean of all positions of the window."""
         log_length, average, square, count, floor, known = tuning
         known = moments.mean if moments.count else known
         centre = before.q.mean(-2) if known is None else known.to(before.q)
-        slope = _slope(before.q, info, parameters, centre.unsqueeze(-2))
+        slope = _slope(before.q, info, parameters, centre.unsqueeze(-2), arrived)
         count += 1
         square = _DECAY * square + (1 - _DECAY) * slope.square()
         scale = (square / (1 - _DECAY**count)).sqrt()
@@ -288,7 +288,8 @@ class _TrajectoryTuner:
             return parameters, _begin(parameters, None, known)
         start = parameters.trajectory_length.new_tensor(math.pi / 2) if floor is None else floor
         start = start.to(parameters.trajectory_length).expand_as(parameters.trajectory_length)
-        return parameters._replace(trajectory_length=start), _begin(parameters, floor, known)
+        parameters = parameters._replace(trajectory_length=start)
+        return parameters, _begin(parameters, floor, known)
 
     def finish(self, tuning: _Tuning, parameters: Parameters) -> Parameters:
         """The average, in which the jitter of the slopes has died away."""
@@ -302,12 +303,12 @@ def _begin(parameters: Parameters, floor: Tensor | None, centre: Tensor | None) 
     return _Tuning(start, start, torch.zeros_like(start), 0, floor, centre)
 
 
-def _slope(q: Tensor, info: Info, parameters: Parameters, centre: Tensor) -> Tensor:
-    """d ChEES / d log T of a group, (*g): the mean over chains, weighted by their acceptance probabilities."""
+def _slope(q: Tensor, info: Info, parameters: Parameters, centre: Tensor, counts: Tensor) -> Tensor:
+    """d ChEES / d log T of a group, (*g): the mean over chains that count, weighted by their acceptance."""
     start = _whitened_square(q - centre, parameters.metric)
     end = _whitened_square(info.proposal - centre, parameters.metric)
     along = ((info.proposal - centre) * info.momentum).sum(-1, dtype=torch.float64)
-    weight = info.acceptance_rate
+    weight = info.acceptance_rate * counts
     slopes = torch.where(weight > 0, (end - start) * along, 0.0)
     total = (weight * slopes).sum(-1) / weight.sum(-1).clamp(min=1e-300)
     length = info.jitter * parameters.trajectory_length.double()

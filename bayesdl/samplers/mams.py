@@ -209,7 +209,7 @@ def run(
 
 _TRAVEL = 5  # longest trajectory, in steps, before lengths adapt
 _TOLERANCE = 0.25  # energy error of one step that the search for a first step size crosses
-_MEMORY = 0.5  # T is right where twice as many transitions as this are worth an independent draw
+_MEMORY = 0.3  # T grows where an effectively independent draw takes more transitions than 1 over this
 _LEAST, _MOST = 1.0, 2.0  # what tuning may do to T, which is no less than a crossing
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -57,27 +58,111 @@ def test_diagnostics_are_plain_and_complete():
     torch.testing.assert_close(chains.stats["log_density"], normal(chains.draws))
 
 
-@pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees"])
+def tilted(q):
+    """N(3, root root'), normalised but for a factor 7."""
+    root = torch.tensor([[2.0, 0], [1.5, 0.6]], dtype=torch.float64)
+    white = torch.linalg.solve_triangular(root, (q - 3).mT, upper=False).mT
+    return normal(white) - root.diagonal().log().sum() - math.log(2 * math.pi) + math.log(7.0)
+
+
+@pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees", "mams", "mclmc", "smc"])
 @pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
 def test_every_sampler_draws_from_the_target_and_says_what_it_did(sampler):
-    """Means and variances of a correlated pair within 4.5 Monte Carlo errors: a false alarm for 1 in 12 000 seeds."""
-    root = torch.tensor([[2.0, 0], [1.5, 0.6]], dtype=torch.float64)
+    """Means and variances of a correlated pair within 4.5 Monte Carlo errors: a false alarm for 1 in 12 000 seeds.
 
-    def log_density(q):
-        return normal(torch.linalg.solve_triangular(root.T, q - 3, upper=True, left=False))
-
-    chains = sample(log_density, 2, sampler, num_chains=16, num_warmup=100, num_draws=60, seed=1)
+    The particles of an island are not a chain: the error is that of the means of the islands, 15 degrees of freedom.
+    """
+    num_draws = 1000 if sampler == "smc" else 60  # few particles are biased
+    chains = sample(tilted, 2, sampler, num_chains=16, num_warmup=100, num_draws=num_draws, seed=1)
     x = chains.draws.numpy() - 3
     found = np.concatenate([x, x**2], -1)
-    wanted = np.concatenate([np.zeros(2), np.diag(root @ root.T)])
-    error = array_stats.mcse(found, method="mean", chain_axis=0, draw_axis=1)
-    assert (np.abs(found.mean((0, 1)) - wanted) / error).max() < 4.5
+    if sampler == "smc":
+        error = found.mean(1).std(0, ddof=1) / 4
+    else:
+        error = array_stats.mcse(found, method="mean", chain_axis=0, draw_axis=1)
+    assert (np.abs(found.mean((0, 1)) - [0, 0, 4, 2.61]) / error).max() < 4.5
     json.dumps(chains.diagnostics)
     assert chains.diagnostics["engine"] == sampler
-    assert ("trajectory_length" in chains.diagnostics) == (sampler == "chees")
+    assert chains.diagnostics["stopped_by"] == "num_draws"
+    assert ("trajectory_length" in chains.diagnostics) == (sampler in ("chees", "mams", "mclmc"))
     assert ("max_depth_reached" in chains.diagnostics) == (sampler == "nuts")
+    assert ("unadjusted" in chains.diagnostics) == (sampler == "mclmc")
     assert ("tree_depth" in chains.to_arviz().sample_stats) == (sampler == "nuts")
-    assert chains.inverse_mass.ndim == (2 if sampler == "chees" else 1)
+    assert chains.inverse_mass.ndim == (2 if sampler in ("chees", "mams", "smc") else 1)
+    if sampler == "smc":
+        assert chains.log_evidence == chains.diagnostics["log_evidence"] == pytest.approx(math.log(7), abs=0.3)
+    else:
+        assert chains.log_evidence is None
+
+
+@pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees", "mams", "smc"])
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+def test_pathfinder_gives_a_start_and_a_metric_and_its_gradients_count(sampler):
+    """The target is a Gaussian that Pathfinder finds exactly: without warm-up the metric is its covariance."""
+    settings = {"num_chains": 6, "num_warmup": 0, "num_draws": 80, "initial": "pathfinder", "seed": 2}
+    chains = sample(tilted, 2, sampler, **settings)
+    found = chains.diagnostics["pathfinder"]
+    assert 0 < found["num_gradients"] < chains.diagnostics["num_gradients"]
+    assert len(found["elbo"]) == 16
+    covariance = torch.tensor([[4.0, 3.0], [3.0, 2.61]], dtype=torch.float64)
+    if sampler != "smc":
+        wanted = covariance if sampler in ("chees", "mams") else covariance.diagonal()
+        torch.testing.assert_close(chains.inverse_mass, wanted, rtol=0.05, atol=0)
+    else:
+        assert float(chains.log_evidence) == pytest.approx(math.log(7), abs=0.2)
+    again = sample(tilted, 2, sampler, **settings)
+    assert torch.equal(again.draws, chains.draws)
+    json.dumps(chains.diagnostics)
+
+
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+def test_checkpoint_budget_and_blocks_reach_the_sampler(tmp_path):
+    settings = {"num_chains": 5, "num_warmup": 20, "num_draws": 30, "seed": 4}
+    widest, calls = [], []
+
+    def counted(q):
+        widest.append(q.shape[-2])
+        calls.append(1)
+        return tilted(q)
+
+    whole = sample(tilted, 2, "chees", **settings)
+    run = sample(counted, 2, "chees", checkpoint=tmp_path / "run", chain_batch=2, **settings)
+    assert max(widest[1:]) == 2  # the first look, without gradients, is at all
+    torch.testing.assert_close(run.draws, whole.draws, rtol=1e-6, atol=1e-6)
+    num = len(calls)
+    again = sample(counted, 2, "chees", checkpoint=tmp_path / "run", chain_batch=2, **settings)
+    assert len(calls) == num + 4
+    assert torch.equal(again.draws, run.draws)
+    cut = sample(tilted, 2, "chees", max_gradients=whole.diagnostics["num_gradients"] - 20, **settings)
+    assert cut.diagnostics["stopped_by"] == "max_gradients"
+    assert torch.equal(cut.draws, whole.draws[:, : cut.draws.shape[1]])
+
+
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+def test_a_density_brings_its_own_quantities_and_its_data():
+    y = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+    def predictive(draws, seed):
+        g = torch.Generator().manual_seed(seed)
+        return {"y": draws[..., :1] + torch.randn(*draws.shape[:2], 3, generator=g, dtype=torch.float64)}
+
+    density = LogDensity(
+        lambda q: -0.5 * (y - q[..., :1]).square().sum(-1) + normal(q),
+        2,
+        transform=lambda draws: {"mean": draws[..., 0], "twice": 2 * draws},
+        log_likelihood=lambda draws: {"y": -0.5 * (y - draws[..., :1]).square()},
+        predictive=predictive,
+        observed={"y": y},
+    )
+    chains = sample(density, **QUICK)
+    assert set(chains.values) == {"mean", "twice"}
+    tree = chains.to_arviz(seed=3)
+    assert tree.posterior["twice"].shape == (4, 100, 2)
+    np.testing.assert_array_equal(tree.observed_data["y"], y)
+    assert tree.log_likelihood["y"].shape == tree.posterior_predictive["y"].shape == (4, 100, 3)
+    own = sample(density, transform=lambda draws: {"other": draws[..., 1]}, **QUICK)
+    assert set(own.values) == {"other"}
+    assert set(sample(density, names=("a", "b"), **QUICK).values) == {"a", "b"}
 
 
 def test_trees_cut_short_are_told():
@@ -177,6 +262,14 @@ def test_dtype_and_one_chain():
         (SettingError, "has no max_depth", {"max_depth": 5}),
         (SettingError, "has no num_steps", {"sampler": "nuts"}),
         (SettingError, "chees.run: metric", {"sampler": "chees", "metric": "full"}),
+        (SettingError, "smc.run: metric", {"sampler": "smc", "metric": "low-rank"}),
+        (SettingError, "has no num_steps", {"sampler": "mclmc"}),
+        (SettingError, "has no target_accept", {"sampler": "mclmc", "num_steps": None, "target_accept": 0.9}),
+        (SettingError, "from a distribution", {"sampler": "smc", "initial": np.zeros((4, 2))}),
+        (SettingError, "initial must be one of 'pathfinder'", {"initial": "prior"}),
+        (SettingError, "needs a seed", {"checkpoint": "run", "seed": None}),
+        (SettingError, "max_gradients", {"max_gradients": -1}),
+        (SettingError, "chain_batch", {"chain_batch": 0}),
         (SettingError, "dim", {"dim": None}),
         (SettingError, "dim", {"dim": 0}),
         (SettingError, "dim must be 3", {"log_density": LogDensity(normal, 3)}),

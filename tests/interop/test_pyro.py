@@ -23,6 +23,7 @@ import bayesdl.inference.sample
 from bayesdl.errors import ConvergenceWarning, SettingError
 from bayesdl.interop._pyro_graph import record
 from bayesdl.interop._pyro_transforms import LowerCholesky, PositiveDefinite
+from bayesdl.samplers.base import value_and_grad
 from tests import posteriordb
 
 LogDensity = bdl.LogDensity
@@ -201,15 +202,26 @@ def points(density: LogDensity, num: int, seed: int = 0) -> Tensor:
 @pytest.mark.touches_global_rng  # Pyro draws its own starts
 @pytest.mark.parametrize("model", [*BATCHED, *OTHERS], ids=lambda m: m.__name__)
 def test_the_density_is_that_of_pyro(model: Callable[[], None]) -> None:
-    """Values and gradients at 64 points, far out, for every kind of constraint and of structure."""
-    density = LogDensity.from_pyro(model)
+    """Values and gradients at 64 points, far out, for every kind of constraint and of structure.
+
+    Once recorded, no line of the model runs again, unless its Python code looks at values.
+    """
+    runs = []
+
+    def counted() -> None:
+        runs.append(1)
+        model()
+
+    density = LogDensity.from_pyro(counted)
     assert density.evaluation == OTHERS.get(model, "batched")
     q = 1.5 * points(density, 64)
     wanted = pyro_log_density(model, density, q)
     torch.testing.assert_close(density(q), wanted, rtol=1e-8, atol=1e-8)
     by_pyro = gradient(lambda u: pyro_log_density(model, density, u), q[:5])
     torch.testing.assert_close(gradient(density, q)[:5], by_pyro, rtol=1e-8, atol=1e-8)
+    seen = len(runs)
     value, grad = density.value_and_grad(q.reshape(2, 32, -1))
+    assert (len(runs) == seen) == (model is not branching)
     torch.testing.assert_close(value.reshape(-1), wanted, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(grad.reshape(64, -1), gradient(density, q), rtol=1e-12, atol=1e-12)
 
@@ -401,25 +413,24 @@ def test_a_site_may_bound_another() -> None:
     torch.testing.assert_close(density.transform(q[None])["x"][0], top * (2 * share - 1))
 
 
-def test_the_model_is_recorded_and_not_run_again() -> None:
-    """After the first gradient of a shape no line of the model is executed."""
-    runs = []
+def test_a_branch_is_taken_by_every_chain_for_itself() -> None:
+    density = LogDensity.from_pyro(branching)
+    single = [density(torch.tensor([[value]]))[0] for value in (0.29, 0.31)]
+    torch.testing.assert_close(density(torch.tensor([[0.29], [0.31]])), torch.stack(single))
+    wide, narrow = (torch.distributions.Normal(v, w).log_prob(torch.tensor(0.4)) for v, w in ((0.29, 1.5), (0.31, 0.5)))
+    prior = torch.distributions.Normal(0.0, 2.0).log_prob(torch.tensor([0.29, 0.31]))
+    torch.testing.assert_close(torch.stack(single), prior + torch.stack([wide, narrow]))
 
-    def model() -> None:
-        runs.append(1)
-        horseshoe()
 
-    density = LogDensity.from_pyro(model)
-    q = points(density, 9)
-    density.value_and_grad(q)
-    seen = len(runs)
-    density.value_and_grad(q + 0.1)
-    gradient(density, q)
-    assert len(runs) == seen
-    branch = LogDensity.from_pyro(branching)
-    torch.testing.assert_close(
-        branch(torch.tensor([[0.29], [0.31]])), torch.stack([branch(torch.tensor([[v]]))[0] for v in (0.29, 0.31)])
-    )
+@pytest.mark.slow
+def test_compiled_and_eager_agree() -> None:
+    """What is recorded goes through torch.compile as it is."""
+    density = schools()
+    q = points(density, 16)
+    value, grad = density.value_and_grad(q)
+    compiled = value_and_grad(density, compile=True)
+    for found, wanted in zip(compiled(q), (value, grad), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_recording_keeps_what_is_written_in_place() -> None:

@@ -71,7 +71,7 @@ def test_slope_is_the_derivative_of_the_criterion(kind):
         evaluate, hmc.init(evaluate, q), parameters, noise, torch.zeros(7).double(), jitter, max_steps=5000
     )
     assert int(info.num_steps[0]) == 4000
-    found = chees._slope(q, info, parameters, centre)
+    found = chees._slope(q, info, parameters, centre, torch.ones(7, dtype=torch.bool))
 
     # The flow of q'' = -M^{-1} S^{-1} q is linear: the exponential of its generator, times the start.
     p = metric.momentum(noise)

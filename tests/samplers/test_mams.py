@@ -250,7 +250,7 @@ def test_groups_in_one_run_equal_a_loop_over_them(groups, metric):
     scale, start = (0.5 * numbers(*groups, 3, seed=1)).exp(), numbers(*groups, 8, 3, seed=4)
     settings = {"num_warmup": 40, "num_draws": 5, "metric": metric, "seed": 7, "max_steps": 12}
     together = mams.run(lambda q: logistic(q / scale.unsqueeze(-2)), start, **settings)
-    assert together.trajectory_length.unique().numel() == math.prod(groups)
+    assert together.step_size.unique().numel() == math.prod(groups)
     for place in np.ndindex(*groups):
         own = scale[place]
         alone = mams.run(lambda q, own=own: logistic(q / own), start[place], **settings)

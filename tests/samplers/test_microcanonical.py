@@ -345,7 +345,7 @@ def test_a_schedule_keeps_its_parts_apart(num_warmup, settle):
     assert 0 <= plan.together <= last <= plan.watch[0] <= plan.watch[1] <= num_warmup
     assert (plan.watch[1] > plan.watch[0]) == (num_warmup >= 40)
     if settle and num_warmup >= 40:
-        assert num_warmup - plan.watch[1] >= 5
+        assert plan.watch[1] < num_warmup
 
 
 def test_lengths_are_checked():

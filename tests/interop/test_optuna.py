@@ -1,0 +1,361 @@
+"""The sampler in Optuna's own programs: what it fits, what it proposes, and that the same record proposes the same."""
+
+import math
+import warnings
+
+import optuna
+import pytest
+import torch
+from botorch.acquisition import (
+    LogExpectedImprovement,
+    qKnowledgeGradient,
+    qLogNoisyExpectedImprovement,
+    qLowerBoundMaxValueEntropy,
+)
+from botorch.acquisition.analytic import LogConstrainedExpectedImprovement
+from botorch.acquisition.logei import qLogProbabilityOfFeasibility
+from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+from botorch.acquisition.multi_objective.parego import qLogNParEGO
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+import bayesdl as bdl
+from bayesdl.errors import NumericalError, NumericalWarning, SettingError
+from bayesdl.interop import _optuna_acquisition as acquisitions
+from bayesdl.interop._optuna_record import HISTORY, LOST, RETRY_OF, SURPLUS, Record, ranks, read
+from bayesdl.interop._optuna_space import Encoding
+from bayesdl.interop.optuna import BayesdlSampler
+
+ENGINE = bdl.ExactGP(bdl.GP(bdl.kernels.Scale(bdl.kernels.Matern(nu=2.5))), num_starts=1, max_iterations=30)
+QUICK = {"num_startup": 4, "num_samples": 16, "num_restarts": 2, "num_candidates": 16}
+LINE = {"x": FloatDistribution(-1.0, 3.0)}
+SQUARE = {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def record(y, *, constraints=None, p=1, pending=0, failed=0, rank=None):
+    """A record of evenly spread points with objectives y (n, m)."""
+    y = torch.as_tensor(y, dtype=torch.float64)
+    n = len(y)
+    z = torch.stack([(torch.arange(n, dtype=torch.float64) * (0.37 + 0.2 * j) + 0.1) % 1 for j in range(p)], -1)
+    limits = torch.zeros(n, 0, dtype=torch.float64) if constraints is None else torch.as_tensor(constraints).double()
+    extra = torch.full((pending, p), 0.45, dtype=torch.float64)
+    lost = torch.full((failed, p), 0.9, dtype=torch.float64)
+    return Record(n if rank is None else rank, tuple(range(n)), z, y, limits, lost, extra)
+
+
+def gathered(study, **sampler):
+    sampler = BayesdlSampler(ENGINE, **{**QUICK, **sampler})
+    study.sampler = sampler
+    return sampler
+
+
+def test_it_finds_a_minimum_in_a_program_of_optuna():
+    study = optuna.create_study(sampler=BayesdlSampler(ENGINE, **QUICK))
+    study.optimize(lambda trial: (trial.suggest_float("x", -1.0, 3.0) - 0.7) ** 2, n_trials=10)
+    assert study.best_value < 1e-2
+    timed = [t.system_attrs.get("bayesdl:seconds") for t in study.trials]
+    assert [t is not None for t in timed] == [False] * 4 + [True] * 6
+
+
+def test_maximising_is_minimising_the_negative():
+    """Exactly: signs are turned before anything is fitted."""
+    down = optuna.create_study(sampler=BayesdlSampler(ENGINE, space=LINE, **QUICK))
+    up = optuna.create_study(sampler=BayesdlSampler(ENGINE, space=LINE, **QUICK), direction="maximize")
+    down.optimize(lambda trial: math.cos(3 * trial.suggest_float("x", -1.0, 3.0)), n_trials=6)
+    up.optimize(lambda trial: -math.cos(3 * trial.suggest_float("x", -1.0, 3.0)), n_trials=6)
+    assert [t.params for t in down.trials] == [t.params for t in up.trials]
+
+
+def test_the_same_record_gives_the_same_proposal_on_every_worker():
+    """Fresh samplers, one each trial, propose what one sampler does; another seed proposes otherwise."""
+
+    def run(fresh, seed):
+        study = optuna.create_study(sampler=BayesdlSampler(ENGINE, space=LINE, seed=seed, **QUICK))
+        for _ in range(6):
+            if fresh:
+                study.sampler = BayesdlSampler(ENGINE, space=LINE, seed=seed, **QUICK)
+            study.optimize(lambda trial: math.sin(4 * trial.suggest_float("x", -1.0, 3.0)), n_trials=1)
+        return [t.params["x"] for t in study.trials]
+
+    assert run(True, 3) == run(False, 3)
+    assert run(False, 3)[4:] != run(False, 4)[4:]
+
+
+def test_a_space_that_grows_is_learned_from_finished_trials():
+    """Parameters that no finished trial had are uniform; conditional ones never enter the surrogate."""
+
+    def objective(trial):
+        x = trial.suggest_float("x", 0.0, 1.0)
+        kind = trial.suggest_categorical("kind", ["line", "square"])
+        extra = trial.suggest_int("power", 1, 3) if kind == "square" else 1
+        return (x - 0.4) ** 2 + 0.1 * extra
+
+    study = optuna.create_study(sampler=BayesdlSampler(ENGINE, **QUICK))
+    study.optimize(objective, n_trials=8)
+    assert study.best_params["kind"] == "line" or study.best_params["power"] == 1
+    assert len({t.params["x"] for t in study.trials}) == 8
+
+
+def test_failed_and_pruned_trials_stay_out_of_the_value_model():
+    space = {"x": FloatDistribution(0.0, 1.0)}
+
+    def make(x, **more):
+        return create_trial(params={"x": x}, distributions=space, **more)
+
+    study = optuna.create_study()
+    study.add_trial(make(0.1, value=1.0))
+    study.add_trial(make(0.2, state=TrialState.FAIL))
+    study.add_trial(make(0.3, state=TrialState.PRUNED))
+    study.add_trial(make(0.4, value=math.inf))
+    study.add_trial(make(0.5, state=TrialState.RUNNING))
+    study.add_trial(make(0.6, value=-2.0))
+    study.add_trial(create_trial(params={"z": 0.5}, distributions={"z": space["x"]}, value=9.0))
+    found = read(study.trials, 99, Encoding(space), study.directions, None)
+    assert found.z.flatten().tolist() == [0.1, 0.6]
+    assert found.y.flatten().tolist() == [-1.0, 2.0]
+    assert found.failed.flatten().tolist() == [0.2, 0.4]
+    assert found.pending.flatten().tolist() == [0.5]
+    assert read(study.trials, 4, Encoding(space), study.directions, None, frozenset()).pending.numel() == 0
+    assert read(study.trials, 99, Encoding(space), study.directions, None, frozenset({4})).pending.numel() == 0
+
+
+def test_a_retry_has_the_rank_of_the_first_attempt():
+    """Numbers 0..6: 1 died and is retried as 3, which died and is retried as 5; 4 was withdrawn."""
+    trials = [
+        create_trial(value=0.0),
+        create_trial(state=TrialState.FAIL, system_attrs={LOST: True}),
+        create_trial(value=2.0),
+        create_trial(state=TrialState.FAIL, system_attrs={LOST: True, RETRY_OF: 1, HISTORY: [1]}),
+        create_trial(state=TrialState.FAIL, system_attrs={SURPLUS: True}),
+        create_trial(value=1.0, system_attrs={RETRY_OF: 3, HISTORY: [1, 3]}),
+        create_trial(value=3.0),
+    ]
+    study = optuna.create_study()
+    for trial in trials:
+        study.add_trial(trial)
+    assert ranks(study.trials) == {0: 0, 1: 1, 2: 2, 3: 1, 5: 1, 6: 3}
+    found = read(study.trials, 6, Encoding({}), study.directions, None)
+    assert (found.rank, found.ranks, found.y.flatten().tolist()) == (3, (0, 1, 2), [0.0, -1.0, -2.0])
+
+
+def test_running_trials_are_pending_and_not_proposed_again():
+    """Ten asked for at once are ten different points, away from one another once the surrogate proposes."""
+    study = optuna.create_study(sampler=BayesdlSampler(ENGINE, space=SQUARE, **QUICK))
+    study.optimize(lambda t: (t.suggest_float("x", 0, 1) - 0.3) ** 2 + t.suggest_float("y", 0, 1), n_trials=6)
+    asked = [study.ask(fixed_distributions=SQUARE) for _ in range(4)]
+    points = torch.tensor([[t.params["x"], t.params["y"]] for t in asked], dtype=torch.float64)
+    assert torch.pdist(points).min() > 1e-3
+
+
+def test_constraints_are_modelled_as_outputs():
+    """Minimise x where only x >= 0.6 is allowed: proposals come to the edge from the right side."""
+    study = optuna.create_study(sampler=BayesdlSampler(ENGINE, space={"x": FloatDistribution(0.0, 1.0)}, **QUICK))
+
+    def objective(trial):
+        x = trial.suggest_float("x", 0.0, 1.0)
+        trial.set_constraint("edge", 0.6 - x)
+        return x
+
+    study.optimize(objective, n_trials=12)
+    feasible = [t.value for t in study.trials if t.params["x"] >= 0.6]
+    assert 0.6 <= min(feasible) < 0.62
+
+
+@pytest.mark.parametrize(
+    ("asked", "y", "constraints", "kind"),
+    [
+        ("auto", [[1.0], [0.5], [2.0]], None, qLogNoisyExpectedImprovement),
+        ("auto", [[1.0], [0.5], [2.0]], [[-1.0], [1.0], [1.0]], qLogNoisyExpectedImprovement),
+        ("auto", [[1.0], [0.5], [2.0]], [[2.0], [1.0], [1.0]], qLogProbabilityOfFeasibility),
+        ("qLogNEI", [[1.0, 0.0], [0.5, 2.0], [0.0, 3.0]], None, qLogNoisyExpectedHypervolumeImprovement),
+        ("auto", [[1.0, 0.0, 1, 2, 3], [0.5, 2.0, 3, 2, 1], [0, 3, 1, 1, 1]], None, qLogNParEGO),
+        ("LogExpectedImprovement", [[1.0], [0.5], [2.0]], None, LogExpectedImprovement),
+        ("qKnowledgeGradient", [[1.0], [0.5], [2.0]], None, qKnowledgeGradient),
+        ("qLowerBoundMaxValueEntropy", [[1.0], [0.5], [2.0]], None, qLowerBoundMaxValueEntropy),
+        ("LogConstrainedExpectedImprovement", [[1.0], [2.0]], [[-1.0], [1.0]], LogConstrainedExpectedImprovement),
+    ],
+)
+def test_names_become_boTorchs_acquisitions(asked, y, constraints, kind):
+    told = record(y, constraints=constraints)
+    encoding = Encoding({"x": FloatDistribution(0.0, 1.0)})
+    options = {"num_fantasies": 2} if asked == "qKnowledgeGradient" else {}
+    search = acquisitions.Search(asked, options, None, 16, 2, 16)
+    outputs = torch.cat([told.y, told.constraints], -1)
+    model = ENGINE.fit(told.z, outputs if outputs.shape[-1] > 1 else outputs[:, 0]).to_botorch()
+    with acquisitions.seeded(0):
+        built = acquisitions.build(search, model, told, encoding, 0)
+    assert type(built) is kind
+    points = torch.rand(3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if asked != "qKnowledgeGradient":
+        assert torch.isfinite(built(points)).all()
+
+
+def test_an_acquisition_of_ones_own_and_an_unknown_name():
+    told = record([[1.0], [0.5], [2.0]])
+    encoding = Encoding({"x": FloatDistribution(0.0, 1.0)})
+    model = ENGINE.fit(told.z, told.y[:, 0]).to_botorch()
+    own = acquisitions.Search(lambda m, r: LogExpectedImprovement(m, best_f=r.y.max()), {}, None, 16, 2, 16)
+    assert isinstance(acquisitions.build(own, model, told, encoding, 0), LogExpectedImprovement)
+    with pytest.raises(SettingError, match="name that BoTorch knows"):
+        acquisitions.build(own._replace(acquisition="qLogEIE"), model, told, encoding, 0)
+    bounded = told._replace(constraints=-torch.ones(3, 1, dtype=torch.float64))
+    with pytest.raises(SettingError, match="knows no constraints"):
+        acquisitions.build(own._replace(acquisition="LogExpectedImprovement"), model, bounded, encoding, 0)
+    with pytest.raises(SettingError, match="must suit 1 objective"):
+        acquisitions.build(own._replace(acquisition="qHypervolumeKnowledgeGradient"), model, told, encoding, 0)
+
+
+def test_the_gradient_is_finite_where_the_point_was_observed():
+    """There the joint covariance is singular, and the gradient of its factor is not a number."""
+    told = record([[1.0], [0.5], [2.0], [1.5]])
+    encoding = Encoding({"x": FloatDistribution(0.0, 1.0)})
+    model = ENGINE.fit(told.z, told.y[:, 0]).to_botorch()
+    with acquisitions.seeded(0):
+        built = acquisitions.build(acquisitions.Search("auto", {}, None, 16, 2, 16), model, told, encoding, 0)
+    for z in (told.z[2], told.z[2] + 1e-9, told.z[2] + 1e-3):
+        at = z.reshape(1, 1, 1).clone().requires_grad_(True)
+        acquisitions.surface(built, None, told)(at).sum().backward()
+        assert torch.isfinite(at.grad).all()
+
+
+def test_an_analytic_acquisition_believes_the_mean_at_pending_points():
+    """The improvement at a pending point falls to a tenth at most."""
+    told = record([[1.0], [0.5], [2.0], [1.5]])
+    encoding = Encoding({"x": FloatDistribution(0.0, 1.0)})
+    model = ENGINE.fit(told.z, told.y[:, 0]).to_botorch()
+    search = acquisitions.Search("LogExpectedImprovement", {}, None, 16, 2, 16)
+    at = torch.tensor([[[0.45]]], dtype=torch.float64)
+    before = acquisitions.build(search, model, told, encoding, 0)(at)
+    after = acquisitions.build(search, model, told._replace(pending=at[0]), encoding, 0)(at)
+    assert float(after) < float(before) - 2.3
+
+
+@pytest.mark.parametrize("pending", [0, 2])
+def test_failures_steer_proposals_away_once_they_are_many(pending):
+    """Half of the line fails: there the acquisition is lower than without, elsewhere hardly changed."""
+    told = record([[0.1], [0.2], [0.3]], pending=pending)
+    told = told._replace(
+        z=torch.tensor([[0.05], [0.15], [0.3]], dtype=torch.float64),
+        failed=torch.tensor([[0.7], [0.8], [0.9], [1.0]], dtype=torch.float64),
+    )
+    study = optuna.create_study(study_name="failures", direction="maximize")
+    sampler = BayesdlSampler(ENGINE, **QUICK)
+    encoding = Encoding({"x": FloatDistribution(0.0, 1.0)})
+    success = sampler._success(study, told, encoding)
+    search = acquisitions.Search("auto", {}, None, 64, 2, 16)
+    with acquisitions.seeded(0):
+        plain = acquisitions.build(search, sampler.surrogate(study, told, encoding), told, encoding, 0)
+    lowered = acquisitions.surface(plain, success, told)
+    at = torch.tensor([[[0.1]], [[0.85]]], dtype=torch.float64)
+    change = (lowered(at) - plain(at)).detach()
+    assert change[0] > -0.2
+    assert change[1] < -2.0
+    assert sampler._success(study, told._replace(failed=told.failed[:0]), encoding) is None
+
+
+def test_success_is_the_normal_probability_of_a_positive_indicator():
+    """Against scipy, from the surrogate's own mean and variance."""
+    from scipy.stats import norm
+
+    told = record([[1.0], [1.0], [-1.0], [-1.0]])
+    model = ENGINE.fit(told.z, told.y[:, 0]).to_botorch(view="gaussian")
+    at = torch.tensor([[[0.2]], [[0.7]]], dtype=torch.float64)
+    law = model.posterior(at)
+    expected = norm.logsf(0.0, law.mean.detach().numpy(), law.variance.detach().sqrt().numpy())
+    assert acquisitions.Feasibility(model)(at).detach().numpy() == pytest.approx(expected[..., 0], rel=1e-9)
+
+
+MIXED = {
+    "x": FloatDistribution(0.0, 1.0),
+    "n": IntDistribution(0, 30),
+    "kind": CategoricalDistribution(["a", "b", "c"]),
+    "rate": FloatDistribution(1e-3, 1.0, log=True),
+}
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {k: MIXED[k] for k in ("x", "kind")},  # few combinations: a continuous search for each
+        {k: MIXED[k] for k in ("n", "kind")},  # finite: every point is scored
+        {k: MIXED[k] for k in ("x", "n", "kind")},  # many combinations: alternating search
+    ],
+    ids=["slices", "listed", "alternating"],
+)
+def test_spaces_of_numbers_integers_and_choices_are_searched(space):
+    """Fifteen trials find the right choice and come close in the rest."""
+    study = optuna.create_study(sampler=BayesdlSampler(ENGINE, space=space, **QUICK))
+
+    def objective(trial):
+        value = 0.0 if trial.suggest_categorical("kind", ["a", "b", "c"]) == "b" else 1.0
+        if "x" in space:
+            value += (trial.suggest_float("x", 0.0, 1.0) - 0.3) ** 2
+        if "n" in space:
+            value += abs(trial.suggest_int("n", 0, 30) - 17) / 10
+        return value
+
+    study.optimize(objective, n_trials=14)
+    assert study.best_params["kind"] == "b"
+    assert study.best_value < 0.35
+    if space.keys() == {"n", "kind"}:
+        assert len({tuple(t.params.items()) for t in study.trials}) == 14  # a finite space: no point twice
+
+
+def test_a_surrogate_that_fails_leaves_a_quasi_random_point():
+    class Broken:
+        def fit(self, x, y, *, seed=0):
+            raise NumericalError("no jitter makes it positive definite")
+
+    study = optuna.create_study(sampler=BayesdlSampler(Broken(), space=LINE, **QUICK))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        study.optimize(lambda trial: trial.suggest_float("x", -1.0, 3.0) ** 2, n_trials=6)
+    assert sum(issubclass(w.category, NumericalWarning) for w in said) == 2
+    assert [("bayesdl:fallback" in t.system_attrs) for t in study.trials] == [False] * 4 + [True] * 2
+    assert len({t.params["x"] for t in study.trials}) == 6
+
+
+def test_a_bug_in_an_engine_is_not_hidden():
+    class Wrong:
+        def fit(self, x, y, *, seed=0):
+            raise KeyError("a bug")
+
+    study = optuna.create_study(sampler=BayesdlSampler(Wrong(), space=LINE, **QUICK))
+    with pytest.raises(KeyError, match="a bug"):
+        study.optimize(lambda trial: trial.suggest_float("x", -1.0, 3.0) ** 2, n_trials=6)
+
+
+def test_refits_every_so_often_and_conditions_between():
+    """With refit_every=3 and 4 to 9 observations, the engine is fitted to 3 and 6 (and 9); the rest is conditioning."""
+    sizes = []
+
+    class Counting:
+        def fit(self, x, y, *, seed=0):
+            sizes.append(len(x))
+            return ENGINE.fit(x, y, seed=seed)
+
+    sampler = BayesdlSampler(Counting(), space=LINE, refit_every=3, **QUICK)
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(lambda trial: trial.suggest_float("x", -1.0, 3.0) ** 2, n_trials=10)
+    assert sizes == [3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"engine": "gp"}, "engine must be an engine"),
+        ({"acquisition": 3}, "acquisition must be a name"),
+        ({"num_startup": 1}, "num_startup"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"refit_every": 0}, "refit_every"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, says):
+    with pytest.raises(SettingError, match=says):
+        BayesdlSampler(**{"engine": ENGINE, **settings})
