@@ -1,4 +1,5 @@
-"""The command line: `bayesdl compare` fits several engines to real data and compares them, `bayesdl info` looks around.
+"""The command line: `bayesdl compare` fits several engines to real data and compares them, `bayesdl optimize` runs a
+study of Bayesian optimisation, `bayesdl info` looks around.
 
 Exit codes: 0 done; 1 done, but an engine failed on some split; 2 the request cannot be carried out, with a message on
 stderr that says what to change; 130 interrupted.
@@ -18,6 +19,7 @@ import torch
 
 from bayesdl import _storage, datasets
 from bayesdl._version import __version__
+from bayesdl.bo import _command
 from bayesdl.errors import BayesdlError, SettingError, fail
 from bayesdl.evaluation import suite
 
@@ -25,7 +27,7 @@ __all__ = ["main"]
 
 _PACKAGES = (
     "torch", "numpy", "scipy", "gpytorch", "botorch", "pyro-ppl", "arviz-base", "arviz-stats", "scikit-learn", "pandas",
-    "matplotlib", "safetensors",
+    "matplotlib", "safetensors", "optuna",
 )  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return _info() if args.command == "info" else _compare(args)
+        return {"info": _info, "optimize": _optimize, "compare": _compare}[args.command](args)
     except BayesdlError as error:
         print(f"bayesdl: {error}", file=sys.stderr)
         return 2
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bayesdl: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nbayesdl: stopped; the same command goes on from the fits that are finished", file=sys.stderr)
+        print("\nbayesdl: stopped; the same command goes on from what is finished", file=sys.stderr)
         return 130
 
 
@@ -82,7 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--quick", action="store_true", help="short fits, to see that everything works; not to be believed")
     add("--fresh", action="store_true", help="fit again even what is finished")
+    optimize = commands.add_parser(
+        "optimize",
+        help="find the minimum of an expensive function",
+        description="Run a study of Bayesian optimisation on a problem in a Python file.",
+        epilog=_command.EPILOG,
+    )
+    _command.add_arguments(optimize)
     return parser
+
+
+def _optimize(args: argparse.Namespace) -> int:
+    return _command.run(args)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -188,7 +201,7 @@ def _claim(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _info() -> int:
+def _info(args: argparse.Namespace) -> int:
     from bayesdl.evaluation.report import machine
 
     folder = datasets.data_folder()

@@ -36,7 +36,7 @@ def run(
             batch = _claimed(study, num_trials)
             if batch:
                 _evaluate(study, f, batch, bar)
-            elif not study._ledger.others_at_work():
+            elif not study._ledger.unfinished(num_trials):
                 break
             else:
                 time.sleep(_POLL)

@@ -17,7 +17,7 @@ from bayesdl.bo.study import Study
 from bayesdl.errors import BayesdlError, SettingError, StorageError, fail
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_ENOUGH = 3  # starts of each worker before a study that keeps losing them is given up
+_ENOUGH = 3  # deaths for each worker, without a finished trial between them, after which a study is given up
 _STOPPED = 130
 
 
@@ -41,16 +41,12 @@ def run(study: Study, job: Job, workers: int, *, progress: bool = False) -> None
     """
     _check(job)
     began = time.monotonic()
-    starts, running = 0, []
+    starts, deaths, finished, running = 0, 0, 0, []
     bar = _loop.Bar(study, job.num_trials, progress)
     try:
         while True:
             left = None if job.timeout is None else max(0.0, job.timeout - (time.monotonic() - began))
             while len(running) < workers and (starts < workers or _unfinished(study, job, left)):
-                if starts >= _ENOUGH * workers:
-                    wanted = f"workers must live: {starts} were started and died."
-                    fix = "run with workers=1 to see why; what was recorded is safe"
-                    fail(StorageError, "minimize", wanted, got=f"{starts} deaths", fix=fix)
                 running.append(_start(job._replace(timeout=left)))
                 starts += 1
             time.sleep(0.1)
@@ -58,6 +54,13 @@ def run(study: Study, job: Job, workers: int, *, progress: bool = False) -> None
             done = [process for process in running if not process.is_alive()]
             running = [process for process in running if process.is_alive()]
             _raise_what_they_say(done)
+            deaths += sum(process.exitcode != 0 for process in done)
+            if done and finished < (now := sum(t.state in ("complete", "failed") for t in study.trials)):
+                deaths, finished = 0, now
+            if deaths > _ENOUGH * workers:
+                wanted = "workers must live long enough to finish a trial."
+                fix = "run with workers=1 to see why; what was recorded is safe"
+                fail(StorageError, "minimize", wanted, got=f"{deaths} deaths without one", fix=fix)
             if not running and not _unfinished(study, job, left):
                 return
     except BaseException:
@@ -115,9 +118,7 @@ def _unfinished(study: Study, job: Job, left: float | None) -> bool:
     if left is not None and left <= 0:
         return False
     study._ledger.sweep()
-    trials = study.trials
-    firsts = sum(trial.retry_of is None for trial in trials)
-    return firsts < job.num_trials or any(trial.state in ("waiting", "running") for trial in trials)
+    return bool(study._ledger.unfinished(job.num_trials))
 
 
 def _raise_what_they_say(done: list[Any]) -> None:

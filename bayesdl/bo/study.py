@@ -179,7 +179,11 @@ class Study:
         trial_id = self._ledger.claim(limit)
         if trial_id is None:
             return None
-        frozen = suggest(self.optuna_study, trial_id, self.space.distributions())
+        try:
+            frozen = suggest(self.optuna_study, trial_id, self.space.distributions())
+        except BaseException:
+            self._ledger.release(trial_id)
+            raise
         trial = self._trial(frozen)
         self._ids[trial.number] = trial_id
         return trial
@@ -234,7 +238,7 @@ class Study:
 
     def release_all(self) -> None:
         """Put the trials that this process has in hand back in line, as an interruption does."""
-        self._ledger.release_all()
+        self._ledger.release()
 
     def add(self, points: Sequence[Any], values: Any, *, constraints: Sequence[Mapping[str, float]] = ()) -> None:
         """Record evaluations that were made before: points as the objective receives them, and values (n,) or (n, m).

@@ -11,6 +11,7 @@ import torch
 __all__ = ["Verdict", "verdict"]
 
 _MAX_RHAT, _MIN_ESS, _MIN_BFMI = 1.05, 100.0, 0.3
+_MANY = 400.0  # effective draws with which chains that disagree may be no more than short
 
 
 class Verdict(NamedTuple):
@@ -57,17 +58,18 @@ def verdict(diagnostics: Mapping[str, Any]) -> Verdict:
     """
     figures = {name: _numbers(diagnostics.get(name)) for name in _FIGURES}
     checked, faults = [], []
-    nested = figures["nested_rhat"]
+    nested, ess = figures["nested_rhat"], figures["ess_bulk"] + figures["ess_tail"]
     name = "nested_rhat" if nested else "rhat"
     if figures[name]:
         checked.append(name)
         worst = max(figures[name])
         if worst > _MAX_RHAT:
             label = "Nested R-hat" if nested else "R-hat"
-            faults.append(
-                f"The chains disagree ({label} {worst:.2f}, wanted below {_MAX_RHAT}): warm up and run longer."
-            )
-    ess = figures["ess_bulk"] + figures["ess_tail"]
+            told = f"The chains disagree ({label} {worst:.2f}, wanted below {_MAX_RHAT})"
+            # many effective draws in all, few in each chain: nothing but a longer run or shared starts can tell
+            short = not nested and min(ess, default=0.0) >= _MANY
+            hint = ", or start several chains at each point and look at nested R-hat" if short else ""
+            faults.append(f"{told}: warm up and run longer{hint}.")
     if ess:
         checked.append("ess")
         if min(ess) < _MIN_ESS:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesdl.errors import SettingError, fail
 from bayesdl.models.log_density import LogDensity
-from bayesdl.samplers import chees, hmc, mams, mclmc, nuts, pathfinder, smc
+from bayesdl.samplers import chees, hmc, mams, mclmc, meads, nuts, pathfinder, smc
 from bayesdl.samplers._reference import GaussianReference
 from bayesdl.samplers.base import Run
 from bayesdl.samplers.chees import MAX_DENSE
@@ -109,5 +109,6 @@ SAMPLERS = {
     "chees": Sampler(_chains(chees.run, "dense"), {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
     "mams": Sampler(_chains(mams.run, "dense"), {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
     "mclmc": Sampler(_chains(mclmc.run, "diagonal"), {"metric": "metric"}, "it adapts step size and length by itself"),
+    "meads": Sampler(_chains(meads.run, None), {}, "it has nothing to set"),
     "smc": Sampler(_particles, {"num_steps": "max_steps", **_TARGETS}, _LENGTH),
 }

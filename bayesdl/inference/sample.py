@@ -107,9 +107,9 @@ def sample(
         dim: Number of coordinates; needed unless `log_density` is a `LogDensity`.
         sampler: The name of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they
             turn back, for few chains and uneven targets; "chees", one length learned for all chains, for 16 or more;
-            "mams", paths of unit speed with an accept step; "mclmc", the same without, biased; "smc", particles carried
-            from a Gaussian, for several modes and for the evidence: chains are then independent islands, draws their
-            particles, and there is neither warm-up nor thinning.
+            "mams", paths of unit speed with an accept step; "mclmc", the same without, biased; "meads", one step a
+            transition, for 64 chains or more and a large `thin`; "smc", particles carried from a Gaussian, for several
+            modes and for the evidence: chains are then islands, draws their particles, without warm-up or thinning.
         num_chains: Chains run in one batch; many cost little more than few.
         num_warmup: Transitions that adapt the step size and the metric, from all chains together.
         num_draws: Draws kept per chain.
@@ -154,6 +154,11 @@ def sample(
         density, sampler, initial, num_chains, initial_seed, torch.empty(0, dtype=dtype, device=device), common
     )
     run, gradients = _run(density, sampler, start, common, own)
+    return _judged(density, sampler, start, run, gradients, _MAX_DEPTH if max_depth is None else max_depth)
+
+
+def _judged(density: LogDensity, sampler: str, start: Start, run: Run, gradients: int, max_depth: int) -> Chains:
+    """The run with its quantities of interest and its diagnostics, and a warning where they ask for one."""
     values = _values(run.draws, density.names, density.transform)
     diagnostics = _diagnose(run, values, sampler)
     if start.approximation is not None:
@@ -161,9 +166,8 @@ def sample(
         diagnostics["num_gradients"] += gradients
         diagnostics["pathfinder"] = {"khat": found.khat, "elbo": found.elbo.tolist(), "num_gradients": gradients}
     if sampler == "nuts":
-        cut = run.stats["tree_depth"] >= (_MAX_DEPTH if max_depth is None else max_depth)
-        diagnostics["max_depth_reached"] = int(cut.sum())
-    _warn(diagnostics, num_chains * num_draws)
+        diagnostics["max_depth_reached"] = int((run.stats["tree_depth"] >= max_depth).sum())
+    _warn(diagnostics, run.draws.shape[:-1].numel())
     return Chains(run.draws, values, run.stats, diagnostics, run.inverse_mass, run.log_evidence, density)
 
 
@@ -314,5 +318,5 @@ def _warn(diagnostics: dict[str, Any], num_draws: int) -> None:
     told = [text for doubtful, text in doubts if doubtful]
     if told:
         warnings.warn(
-            "sample: the chains are not to be trusted yet.\n  " + "\n  ".join(told), ConvergenceWarning, stacklevel=3
+            "sample: the chains are not to be trusted yet.\n  " + "\n  ".join(told), ConvergenceWarning, stacklevel=4
         )

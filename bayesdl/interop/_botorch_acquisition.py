@@ -17,7 +17,7 @@ from botorch.utils.transforms import concatenate_pending_points, t_batch_mode_tr
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from bayesdl.distributions import Empirical, GaussianMixture, StudentT
+from bayesdl.distributions import GaussianMixture, StudentT
 from bayesdl.distributions.improvement import (
     expected_improvement,
     log_expected_improvement,
@@ -35,11 +35,12 @@ class _Improvement(AcquisitionFunction):
 
     _log: ClassVar[bool] = False  # how BoTorch averages values over ensembles
 
-    def __init__(self, model: GaussianModel | MemberModel, best_f: float | Tensor, maximize: bool = True) -> None:
+    def __init__(self, model: GaussianModel, best_f: float | Tensor, maximize: bool = True) -> None:
         super().__init__(model)
-        if not isinstance(model, (GaussianModel, MemberModel)):
-            fix = "posterior.to_botorch(); for other models of BoTorch its own LogExpectedImprovement"
-            fail(SettingError, type(self).__name__, "model must be one of ours.", got=type(model).__name__, fix=fix)
+        if not isinstance(model, GaussianModel):
+            fix = "posterior.to_botorch(view='gaussian'); for members BoTorch's qLogExpectedImprovement, which smooths"
+            wanted = "model must be the Gaussian view of a posterior."
+            fail(SettingError, type(self).__name__, wanted, got=type(model).__name__, fix=fix)
         if model.num_outputs != 1:
             raise UnsupportedError(f"{type(self).__name__} is for one output, not {model.num_outputs}")
         self.register_buffer("best_f", torch.as_tensor(best_f, dtype=torch.float64))
@@ -62,7 +63,7 @@ class LogExpectedImprovement(_Improvement):
     explores more while n is small.
 
     Args:
-        model: From `posterior.to_botorch()`, of one output.
+        model: `posterior.to_botorch(view="gaussian")`, of one output.
         best_f: What is to be improved on: a number, or one for each element of the model's batch.
         maximize: False for E[(best_f - f(x))+].
     """
@@ -81,7 +82,7 @@ class ExpectedImprovement(_Improvement):
 
 
 class LogProbabilityOfImprovement(_Improvement):
-    """log P(f(x) > best_f); see `LogExpectedImprovement`. No gradient for members, of which a share improves."""
+    """log P(f(x) > best_f); see `LogExpectedImprovement`."""
 
     _log = True
 
@@ -171,6 +172,4 @@ def _reflected(d: torch.distributions.Distribution) -> torch.distributions.Distr
         return StudentT(d.dof, -d.loc, d.scale, validate_args=False)
     if isinstance(d, GaussianMixture):
         return GaussianMixture(-d.loc, d.scale, d.weights, validate_args=False)
-    if isinstance(d, Empirical):
-        return Empirical(-d.draws, validate_args=False)
     return type(d)(-d.loc, d.scale, validate_args=False)

@@ -5,6 +5,7 @@ Both can be joined with those of other surrogates, cut down to some outputs, and
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from linear_operator.operators import BlockDiagLinearOperator, CholLinearOperato
 from torch import Tensor
 
 from bayesdl import ops
-from bayesdl.errors import NumericalError, fail
+from bayesdl.errors import NumericalError, ShapeError, fail
+from bayesdl.interop._botorch_laws import grouped, ungrouped
 from bayesdl.interop._botorch_members import MemberPosterior
 
 
@@ -55,26 +57,91 @@ class GaussianAnswer(NamedTuple):
         return GaussianAnswer(self.mean[..., outputs], covariance)
 
     def to_botorch(self, dtype: torch.dtype, transform: PosteriorTransform | None, x: Tensor) -> BotorchPosterior:
-        """A GPyTorchPosterior in `dtype`, transformed where asked.
+        """A `GaussianPosterior` in `dtype`, transformed where asked."""
+        answer = GaussianPosterior(self.mean.to(dtype), self.covariance.to(dtype))
+        return answer if transform is None else transform(posterior=answer, X=x)
+
+
+class GaussianPosterior(GPyTorchPosterior):
+    """A `GPyTorchPosterior` that is factored and given a distribution of gpytorch's only where that is asked for.
+
+    Args:
+        mean: (*b, q, m).
+        covariance: (*b, g, p, p).
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        self._mean, self._covariance = mean, covariance
+        self._is_mt = mean.shape[-1] > 1
+
+    @functools.cached_property
+    def factor(self) -> Tensor:
+        """Lower Cholesky factor of the covariance, (*b, g, p, p), with the jitter that it needs.
 
         Raises:
             NumericalError: No jitter makes the covariance positive definite.
         """
-        factor, _, failed = ops.cholesky(self.covariance)
+        factor, _, failed = ops.cholesky(self._covariance)
         if bool(failed.any()):
             wanted = "the joint covariance of the points must be positive definite."
             got = f"{int(failed.sum())} of {failed.numel()} that no jitter up to 1e-5 of their diagonal makes so"
             fix = "fewer points at once, no two of them equal, or more observation noise"
             fail(NumericalError, "to_botorch", wanted, got=got, fix=fix)
-        mean, operator = self.mean.to(dtype), CholLinearOperator(TriangularLinearOperator(factor.to(dtype)))
-        if mean.shape[-1] == 1:
-            law = MultivariateNormal(mean.squeeze(-1), operator[..., 0, :, :])
-        else:
-            groups = factor.shape[-3]
-            whole = BlockDiagLinearOperator(operator) if groups > 1 else operator[..., 0, :, :]
-            law = MultitaskMultivariateNormal(mean, whole, interleaved=False)
-        answer = GPyTorchPosterior(law)
-        return answer if transform is None else transform(posterior=answer, X=x)
+        return factor
+
+    @functools.cached_property
+    def distribution(self) -> MultivariateNormal:
+        """The multivariate normal; of several outputs, not interleaved."""
+        operator = CholLinearOperator(TriangularLinearOperator(self.factor))
+        if not self._is_mt:
+            return MultivariateNormal(self._mean.squeeze(-1), operator[..., 0, :, :])
+        groups = self._covariance.shape[-3]
+        whole = BlockDiagLinearOperator(operator) if groups > 1 else operator[..., 0, :, :]
+        return MultitaskMultivariateNormal(self._mean, whole, interleaved=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """(*b, q, m)."""
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """(*b, q, m)."""
+        diagonal = self._covariance.diagonal(dim1=-2, dim2=-1)
+        return ungrouped(diagonal, self._mean.shape[-1]).expand_as(self._mean)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the mean."""
+        return self._mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the mean."""
+        return self._mean.dtype
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """*b."""
+        return self._mean.shape[:-2]
+
+    @property
+    def base_sample_shape(self) -> torch.Size:
+        """(*b, q) for one output, (*b, q, m) for several."""
+        return self._mean.shape if self._is_mt else self._mean.shape[:-1]
+
+    def _extended_shape(self, sample_shape: torch.Size = torch.Size()) -> torch.Size:  # noqa: B008 - BoTorch's own
+        return torch.Size((*sample_shape, *self._mean.shape))
+
+    def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
+        """mean + L z, (*sample_shape, *b, q, m), output by output as gpytorch has it."""
+        if base_samples.shape[: len(sample_shape)] != sample_shape:
+            got = f"{tuple(sample_shape)} and {tuple(base_samples.shape)}"
+            fix = "draw the base samples with the sampler"
+            fail(ShapeError, "to_botorch", "sample_shape and base_samples must agree.", got=got, fix=fix)
+        z = base_samples if self._is_mt else base_samples.unsqueeze(-1)
+        grown = (self.factor @ grouped(z, self._covariance.shape[-3]).unsqueeze(-1)).squeeze(-1)
+        return self._mean + ungrouped(grown, self._mean.shape[-1])
 
 
 class MemberAnswer(NamedTuple):

@@ -65,12 +65,10 @@ class MemberPosterior(Posterior):
         spread = self.values.var(-3, correction=0)
         return spread if self.noise_variance is None else spread + self.noise_variance.expand_as(self.values).mean(-3)
 
-    @property
-    def distribution(self) -> None:
-        """None exists: an `AttributeError` says what to do instead."""
-        raise AttributeError(f"MemberPosterior.distribution: {_NOT_GAUSSIAN}")
-
-    mvn = distribution
+    def __getattr__(self, name: str) -> None:
+        """What Gaussians have and members do not: an `AttributeError` says what to do instead."""
+        told = f": {_NOT_GAUSSIAN}" if name in ("distribution", "mvn", "covariance_matrix") else ""
+        raise AttributeError(f"MemberPosterior has no {name}{told}")
 
     @property
     def base_sample_shape(self) -> torch.Size:

@@ -19,7 +19,6 @@ from torch.distributions import Distribution
 
 from bayesdl import _checks, ops
 from bayesdl._random import child_seeds
-from bayesdl.distributions import Empirical
 from bayesdl.errors import NumericalError, NumericalWarning, SettingError, ShapeError, fail
 from bayesdl.interop._botorch_answers import GaussianAnswer, MemberAnswer
 from bayesdl.interop._botorch_laws import Law, Members, _raised, grouped, is_regression, ungrouped
@@ -93,10 +92,12 @@ class SurrogateModel(Model, abc.ABC):
 
     @property
     def train_inputs(self) -> tuple[Tensor]:
-        """What was seen, (*b, n, d), with what was conditioned on."""
+        """What was seen and conditioned on, (*b, n, d), or (*b, m, n, d) for several outputs, as in BoTorch's own."""
         x = self.sources[0]._data.x
         seen = self._observed
-        return (x if seen is None else _beside(x, seen.x.to(x)),)
+        x = x if seen is None else _beside(x, seen.x.to(x))
+        m = self.num_outputs
+        return (x if m == 1 else x.unsqueeze(-3).expand(*x.shape[:-2], m, *x.shape[-2:]),)
 
     @property
     def train_targets(self) -> Tensor:
@@ -334,10 +335,6 @@ class MemberModel(SurrogateModel):
     @property
     def _num_all_outputs(self) -> int:
         return self._members.num_outputs
-
-    def predictive(self, X: Tensor) -> Distribution:
-        """The members at each point as a distribution of batch shape (*t, q, m)."""
-        return Empirical(self._values(_as_trained(self._source, X)).movedim(-3, -1).to(X.dtype), validate_args=False)
 
     def _answer(self, x: Tensor, noise: Noise) -> MemberAnswer:
         values = self._values(_as_trained(self._source, x))

@@ -241,6 +241,7 @@ def _inputs(record: Record, encoding: Encoding, goals: _Goals) -> dict[str, Any]
     names = [f"y{i}" for i in range(m + k)]
     limits = torch.eye(m + k, dtype=torch.float64)[m:]
     plain = m == 1 and k == 0
+    good = (record.constraints <= 0).all(-1)
     return {
         "training_data": SupervisedDataset(
             record.z, outputs, feature_names=list(encoding.names), outcome_names=names, validate_init=False
@@ -251,6 +252,8 @@ def _inputs(record: Record, encoding: Encoding, goals: _Goals) -> dict[str, Any]
         "objective_thresholds": goals.reference_point,
         "X_baseline": record.z,
         "bounds": [(float(low), float(high)) for low, high in encoding.bounds.T],
+        "objective_index": 0,
+        "best_f": float(record.y[good].max() if bool(good.any()) else record.y.min()) if k and m == 1 else None,
         "candidate_set": _candidates(encoding),
         "prune_baseline": True,
         "cache_root": False,
@@ -271,8 +274,11 @@ class Surface(AcquisitionFunction):
     that was observed without noise, whose covariance with itself is singular, it is taken for 0.
     """
 
-    def __init__(self, inner: AcquisitionFunction, feasibility: Feasibility | None, weight: float) -> None:
+    def __init__(
+        self, inner: AcquisitionFunction, feasibility: Feasibility | None, weight: float, observed: Tensor
+    ) -> None:
         super().__init__(inner.model)
+        self.X_baseline = observed  # what BoTorch scatters starting points around
         self._inner = inner
         self._feasibility = feasibility
         self._weight = weight
@@ -303,7 +309,7 @@ def surface(acquisition: AcquisitionFunction, feasibility: Model | None, record:
     log = bool(getattr(acquisition, "_log", False))
     spread = float(record.y.std(0).mean()) if len(record.y) > 1 else 1.0
     prior = None if feasibility is None else Feasibility(feasibility)
-    return Surface(acquisition, prior, 1.0 if log else spread)
+    return Surface(acquisition, prior, 1.0 if log else spread, record.z)
 
 
 def optimise(acquisition: AcquisitionFunction, search: Search, encoding: Encoding, record: Record, seed: int) -> Tensor:

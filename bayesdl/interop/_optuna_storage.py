@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
 
 from bayesdl.errors import SettingError, StorageError, fail
 from bayesdl.interop._optuna_workers import file_lock, persist
@@ -37,7 +40,7 @@ def open_storage(storage: Any) -> BaseStorage:
     if text.startswith("journal://") or text.endswith((".log", ".journal")):
         path = Path(text.removeprefix("journal://"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        return persist(lambda: JournalStorage(JournalFileBackend(str(path))), patience=10)
+        return persist(lambda: JournalStorage(_WholeLines(str(path), journal_lock(path))), patience=10)
     if "://" not in text and text.endswith((".db", ".sqlite", ".sqlite3")):
         text = f"sqlite:///{text}"
     if "://" not in text:
@@ -64,6 +67,76 @@ def _database(url: str) -> BaseStorage:
     except (ImportError, ModuleNotFoundError) as error:
         fix = 'pip install "psycopg[binary]" for PostgreSQL'
         fail(StorageError, "storage", "the database needs its driver.", got=str(error).splitlines()[0], fix=fix)
+
+
+class _WholeLines(JournalFileBackend):
+    """A journal without torn lines: what a full disk or a kill left of one is cut off before the next is written.
+
+    Optuna's own would append to the torn line, and could not read the file from then on. What is cut off was never
+    acknowledged to whoever wrote it.
+    """
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append one line for each of `logs`, or none of them; see Optuna."""
+        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        with get_lock_file(self._lock):
+            end = _cut_torn_line(self._file_path)
+            try:
+                with open(self._file_path, "ab") as file:
+                    file.write(text.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self._file_path, end)
+                raise
+
+
+def _cut_torn_line(path: str) -> int:
+    """Cut a file off behind its last line end; its length then."""
+    with open(path, "r+b") as file:
+        end = whole = file.seek(0, os.SEEK_END)
+        while whole:
+            begin = max(0, whole - 4096)
+            file.seek(begin)
+            found = file.read(whole - begin).rfind(b"\n")
+            if found >= 0:
+                whole = begin + found + 1
+                break
+            whole = begin
+        if whole < end:
+            file.truncate(whole)
+    return whole
+
+
+class _JournalLock(BaseJournalFileLock):
+    """A lock that falls with the process that holds it, where Optuna's own outlives it by half a minute."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        import fcntl
+
+        file = self._path.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Give the lock back: closing the file does."""
+        file, self._file = self._file, None
+        file.close()
+
+
+def journal_lock(path: Path) -> BaseJournalFileLock:
+    """The lock of a journal file: the system's where there is one, else Optuna's."""
+    try:
+        import fcntl  # noqa: F401 (whether it is there)
+    except ImportError:
+        return JournalFileSymlinkLock(str(path))
+    return _JournalLock(path.with_name(f"{path.name}-journal-lock"))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ disagree, or jump, do no harm.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import socket
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DatabaseError, InternalError, OperationalError, SQLAlchemyError
 
 from bayesdl.errors import StorageError, fail
 from bayesdl.interop._optuna_record import HISTORY, LOST, RETRY_OF, SURPLUS, ranks
@@ -34,9 +35,9 @@ _PATIENCE = 60.0  # seconds that a locked or absent database is waited for
 Result = TypeVar("Result")
 
 
-def owner() -> dict[str, Any]:
-    """This process, told apart from every other on any machine."""
-    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+def owner(tireless: bool = False) -> dict[str, Any]:
+    """This process, told apart from every other on any machine; `tireless` where it evaluates trial after trial."""
+    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid()), "tireless": tireless}
 
 
 def is_dead(trial: FrozenTrial) -> bool:
@@ -89,9 +90,11 @@ def persist(call: Callable[[], Result], patience: float | None = None) -> Result
             return call()
         except (optuna.exceptions.StorageInternalError, SQLAlchemyError, OSError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            full = "disk is full" in reason or getattr(error, "errno", None) == 28
-            if full or time.monotonic() - began > patience:
+            full = "disk is full" in reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG)
+            broken = isinstance(error, DatabaseError) and not isinstance(error, (OperationalError, InternalError))
+            if full or broken or time.monotonic() - began > patience:
                 what = "has no room left" if full else f"could not be reached for {patience:.0f} seconds"
+                what = "cannot be used" if broken else what
                 fix = "free some space" if full else "see whether the database is up and who holds its lock"
                 fix += "; what was recorded is safe, and the same call goes on from it"
                 fail(StorageError, "study", f"the storage {what}.", got=reason[:300], fix=fix)
@@ -133,12 +136,13 @@ class Ledger:
         with self._exclusive():
             self._sweep()
             trials = self._trials()
+            me = owner(tireless=limit is not None)
             for trial in trials:
-                if trial.state == TrialState.WAITING and self._take(trial, trials):
+                if trial.state == TrialState.WAITING and self._take(trial, trials, me):
                     return self._opened(trial._trial_id)
             if limit is not None and _first_attempts(trials) >= limit:
                 return None
-            template = create_trial(state=TrialState.RUNNING, system_attrs={OWNER: owner()})
+            template = create_trial(state=TrialState.RUNNING, system_attrs={OWNER: me})
             template.datetime_start = _now()
             trial_id = self._storage.create_new_trial(self.study._study_id, template_trial=template)
             number = self._storage.get_trial_number_from_id(trial_id)
@@ -148,11 +152,13 @@ class Ledger:
                 return None
             return self._opened(trial_id)
 
-    def _take(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
+    def _take(self, trial: FrozenTrial, trials: list[FrozenTrial], me: dict[str, Any]) -> bool:
         """Whether the waiting trial is now ours."""
+        # named before it is taken, in case we die between, and after, in case another named itself between
+        self._storage.set_trial_system_attr(trial._trial_id, OWNER, me)
         if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
             return False
-        self._storage.set_trial_system_attr(trial._trial_id, OWNER, owner())
+        self._storage.set_trial_system_attr(trial._trial_id, OWNER, me)
         first = trial.system_attrs.get(RETRY_OF)
         doubled = [t for t in trials if t.number < trial.number and t.system_attrs.get(RETRY_OF) == first]
         if first is not None and doubled:
@@ -213,11 +219,11 @@ class Ledger:
             fail(StorageError, "study.tell", "a result is told once.", got=got, fix="ask for a new trial")
         return trial
 
-    def release_all(self) -> None:
-        """Give back the trials in hand: they wait for whoever asks next, and the attempt does not count."""
+    def release(self, trial_id: int | None = None) -> None:
+        """Give back one trial, or all in hand: they wait for whoever asks next, and the attempt does not count."""
         with self._guard:
-            mine = sorted(self._open)
-            self._open.clear()
+            mine = sorted(self._open) if trial_id is None else [trial_id]
+            self._open.difference_update(mine)
         with contextlib.suppress(optuna.exceptions.StorageInternalError, SQLAlchemyError, OSError), self._exclusive():
             for trial_id in mine:  # what cannot be given back now is found dead when this process is gone
                 self._give_up(self._storage.get_trial(trial_id), counts=False)
@@ -279,9 +285,18 @@ class Ledger:
         template = create_trial(state=TrialState.WAITING, system_attrs=attrs, user_attrs=trial.user_attrs)
         self._storage.create_new_trial(self.study._study_id, template_trial=template)
 
-    def others_at_work(self) -> bool:
-        """Whether trials run that another worker may yet lose."""
-        return any(t.state == TrialState.RUNNING and t._trial_id not in self._open for t in persist(self._trials))
+    def unfinished(self, limit: int) -> bool:
+        """Whether trials are to be begun, to be retried, or under way in another worker, which may yet lose them.
+
+        A trial that somebody asked for by hand is nobody's concern but theirs.
+        """
+        trials = persist(self._trials)
+        me = owner()
+        return _first_attempts(trials) < limit or any(
+            t.state == TrialState.WAITING
+            or (t.state == TrialState.RUNNING and _is_tireless(t.system_attrs.get(OWNER), me))
+            for t in trials
+        )
 
     def close(self) -> None:
         """Stop the counter."""
@@ -340,6 +355,13 @@ def lock_path(storage: BaseStorage) -> Path | None:
         )
     path = getattr(getattr(storage, "_backend", None), "_file_path", None)
     return None if path is None else Path(path).absolute().with_name(f"{Path(path).name}-study-lock")
+
+
+def _is_tireless(named: dict[str, Any] | None, me: dict[str, Any]) -> bool:
+    """Whether an owner is another worker that evaluates trial after trial."""
+    if not named or not named.get("tireless"):
+        return False
+    return any(named[key] != me[key] for key in ("machine", "pid", "started"))
 
 
 def _first_attempts(trials: list[FrozenTrial]) -> int:

@@ -76,7 +76,8 @@ def _widen(module: fx.GraphModule) -> None:
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(module)
             if isinstance(value, Tensor) and value.dtype == torch.float32:
-                setattr(module, node.target, value.detach().double())
+                delattr(module, node.target)
+                module.register_buffer(node.target, value.detach().double())
         elif node.op == "call_function":
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _wide)
     module.recompile()

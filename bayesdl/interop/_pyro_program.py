@@ -152,7 +152,8 @@ class _Run:
         return found
 
     def _log_prob(self, site: Any) -> Tensor:
-        plain = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        with _unvalidated(site["fn"]):
+            plain = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         return scale_and_mask(plain, site["scale"], site["mask"])
 
     def _per_chain(self, term: Tensor) -> Tensor:
@@ -312,6 +313,26 @@ class _Unobserve(Messenger):
 def unchecked() -> contextlib.AbstractContextManager[None]:
     """Distributions do not check what they are given: a proposal lies in the support, and a check asks the device."""
     return pyro.validation_enabled(False)
+
+
+@contextlib.contextmanager
+def _unvalidated(fn: Any) -> Iterator[None]:
+    """The same for distributions that were made earlier, and remember that they are to check."""
+    parts, todo = [], [fn]
+    while todo:
+        part = todo.pop()
+        parts.append((part, part.__dict__.get("_validate_args")))
+        todo += [value for value in part.__dict__.values() if isinstance(value, torch.distributions.Distribution)]
+    try:
+        for part, _ in parts:
+            part._validate_args = False
+        yield
+    finally:
+        for part, before in parts:
+            if before is None:
+                part.__dict__.pop("_validate_args", None)
+            else:
+                part._validate_args = before
 
 
 @contextlib.contextmanager

@@ -197,6 +197,17 @@ def shared_starts(initial: ArrayLike) -> np.ndarray | None:
     return ids.reshape(-1) if fit else None
 
 
+def worst_nested_rhat(draws: ArrayLike, initial: ArrayLike) -> float | None:
+    """The largest nested R-hat over the components of draws (C, N, *event), for chains that began at `initial` (C, D).
+
+    None where the starts make no superchains (see `shared_starts`); NaN where no component has a figure.
+    """
+    superchains = shared_starts(initial)
+    if superchains is None:
+        return None
+    return float(np.fmax.reduce(nested_rhat(draws, superchains), axis=None, initial=np.nan))
+
+
 def _array(value: ArrayLike) -> np.ndarray:
     """A contiguous array on the CPU."""
     return np.asarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value, order="C")

@@ -96,8 +96,8 @@ class _Runner:
         manner: str | None = None,
     ) -> dict[str, Tensor]:
         parts = [self._apply(manner or self.manner, q, read, how) for q in draws.detach().flatten(0, -2).split(_ROWS)]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return {name: value.detach().unflatten(0, draws.shape[:-1]) for name, value in joined.items()}
+        joined = {name: torch.cat([part[name].detach() for part in parts]) for name in parts[0]}
+        return {name: _wide(value, draws).unflatten(0, draws.shape[:-1]) for name, value in joined.items()}
 
     def _apply(self, manner: str, rows: Tensor, read: Callable[[Any], Any], how: dict[str, bool] | None = None) -> Any:
         """`read` of a run at rows (B, dim), with B in front of all it gives."""
@@ -189,6 +189,11 @@ class _Runner:
             wanted = "the log density must be the same at every evaluation."
             fix = "draw random numbers by pyro.sample, not by torch"
             fail(SettingError, WHERE, wanted, got=f"{float(first[0])}, then {float(second[0])}", fix=fix)
+
+
+def _wide(value: Tensor, draws: Tensor) -> Tensor:
+    """Real numbers in the dtype of the draws; whole numbers as they are."""
+    return value.to(draws.dtype) if value.is_floating_point() else value
 
 
 def _power_of_two(num: int) -> int:

@@ -342,7 +342,7 @@ class GPMixturePosterior(Posterior):
         return groups
 
     def _latent_draws(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """f at the training inputs for each theta of draws (*b, k, C, N, D), and the noise's scale, (C, N, *b, n, [k])."""
+        """f at the training inputs and the scale of the noise at each of draws (*b, k, C, N, D): (C, N, *b, n[, k])."""
         chains, num = draws.shape[-3:-1]
         g = torch.Generator(draws.device).manual_seed(0)
         n, parts = self._data.x.shape[-2], []

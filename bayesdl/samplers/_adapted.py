@@ -69,6 +69,7 @@ class Plan(NamedTuple):
         tuner: Further adaptation. With it the chains share a step size once they have arrived, at the end of the second
             window or up to half of warm-up later, else after the last window.
         full_covariance: Whether windows keep the whole covariance, whatever the metric.
+        num_chains: Chains of a group, with many of which a first metric can be had sooner.
     """
 
     num_warmup: int
@@ -79,6 +80,7 @@ class Plan(NamedTuple):
     pool: Callable[[Tensor, Tensor], Tensor] = lambda rate, diverging: rate.mean(-1, keepdim=True)
     tuner: Tuner | None = None
     full_covariance: bool = False
+    num_chains: int = 1
 
 
 class Carry(NamedTuple):
@@ -121,7 +123,7 @@ class Adapted:
         self.num_warmup = plan.num_warmup
         own = {name: getattr(plan, name) for name in ("target_accept", "metric", "step_size", "inverse_mass")}
         self.settings = {**own, **settings}
-        self._windows = adaptation.windows(plan.num_warmup)
+        self._windows = adaptation.windows(plan.num_warmup, plan.num_chains)
         self._stop = self._windows[-1][1] if self._windows else 0
         early = self._windows[: adaptation.EARLY_WINDOWS]
         self._together = early[-1][1] if early and plan.tuner is not None else self._stop

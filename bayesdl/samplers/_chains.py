@@ -138,7 +138,8 @@ def drive(
     q = initial.detach()
     at_initial = check_log_density(where, evaluate.log_density, q)
     root = None if seed is None else root_seed(seed)
-    course = _Course(where, program, Numbers(root, q), Record(q, num_draws), num_draws, thin, max_gradients, began)
+    record = Record(q, num_draws, certain=max_gradients is None)
+    course = _Course(where, program, Numbers(root, q), record, num_draws, thin, max_gradients, began)
     if checkpoint is not None:
         settings = {"sampler": where, "num_warmup": num_warmup, "num_draws": num_draws, "thin": thin, "seed": root}
         settings |= {"max_gradients": max_gradients, "initial": q, "device": q.device.type, **program.settings}

@@ -29,6 +29,7 @@ from bayesdl.errors import SettingError, StorageError, fail
 
 SECONDS = 5.0  # between two writes, at least
 _SHARE = 0.05  # of the time of a run that writing may take
+_LARGEST = 2**28  # bytes of a file that is written anew with more draws; writing needs a few times its memory
 _STATE = "state.safetensors"
 _OWN = re.compile(r"\.?(state|draws-\d+-\d+)\.safetensors(\.[0-9a-f]+)?")
 _ANEW = "delete the folder to start anew, or name another one"
@@ -98,7 +99,7 @@ class Checkpoint:
         known = self._parts[-1][1] if self._parts else 0
         if num_draws > known:
             first = known
-            while self._parts and self._parts[-1][1] - self._parts[-1][0] <= num_draws - first:
+            while self._parts and self._joins(self._parts[-1], num_draws - first):
                 first, _ = self._parts.pop()
             _storage.write(self._path / _name(first, num_draws), {}, part(first, num_draws))
             self._parts.append((first, num_draws))
@@ -109,6 +110,11 @@ class Checkpoint:
         self._tidy()
         self._written = time.monotonic()
         self._pause = max(SECONDS, (self._written - began) / _SHARE)
+
+    def _joins(self, part: tuple[int, int], num_new: int) -> bool:
+        """Whether a part is written anew together with the draws after it: one that is short, and not large."""
+        first, end = part
+        return end - first <= num_new and (self._path / _name(first, end)).stat().st_size <= _LARGEST
 
     def _read(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         try:

@@ -131,7 +131,10 @@ def _covariance(rows: Tensor) -> Tensor:
 
 
 def geometric_mean(wide: Tensor, steep: Tensor) -> Tensor:
-    """The positive definite A (*g, k, k) with A steep A = wide: steep^{-1/2} (steep^{1/2} wide steep^{1/2})^{1/2} steep^{-1/2}."""
+    """The positive definite A (*g, k, k) with A steep A = wide.
+
+    It is steep^{-1/2} (steep^{1/2} wide steep^{1/2})^{1/2} steep^{-1/2}.
+    """
     values, vectors = torch.linalg.eigh(steep)
     values = values.clamp(min=SETTLED).unsqueeze(-2)
     half, inverse_half = (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT

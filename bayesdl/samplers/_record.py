@@ -15,12 +15,13 @@ _NUMBERS = 2**24  # and no more positions than hold this many numbers
 class Record:
     """Up to `num_draws` draws of chains at q (*g, C, D).
 
-    A row is a value (*g, C) by name, or what broadcasts to it, or a number; "draws" is (*g, C, D).
+    A row is a value (*g, C) by name, or what broadcasts to it, or a number; "draws" is (*g, C, D). Memory for all draws
+    is taken at once unless their number is not `certain`: then for twice as many as there are, at most.
     """
 
-    def __init__(self, q: Tensor, num_draws: int) -> None:
+    def __init__(self, q: Tensor, num_draws: int, *, certain: bool = True) -> None:
         self._shape, self._device = tuple(q.shape[:-1]), q.device
-        self._num_draws = num_draws
+        self._num_draws, self._certain = num_draws, certain
         self._rows: list[Mapping[str, Any]] = []
         self._patience = max(1, min(_ROWS, _NUMBERS // max(1, q.numel())))
         self._columns: dict[str, Tensor] = {}
@@ -70,8 +71,8 @@ class Record:
         end, axis = self._written + num, _axis(name)
         column = self._columns.get(name)
         if column is None or column.shape[axis] < end:
-            # twice as much as is needed, so that a run whose budget ends it early needs no memory for the rest
-            room = min(max(end, 2 * self._written, 1024), max(end, self._num_draws))
+            room = self._num_draws if self._certain else min(max(2 * self._written, 1024), self._num_draws)
+            room = max(room, end)
             tail = (room, like.shape[-1]) if name == "draws" else (room,)
             wider = torch.empty(*self._shape, *tail, dtype=like.dtype, device=self._device)
             if column is not None:

@@ -12,7 +12,7 @@ of the metric are those of the Stan reference manual, "HMC algorithm parameters"
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from bayesdl.samplers.hamiltonian import Metric, State, diagonal_metric, energy,
 RANK = 32  # directions of a low-rank metric
 EARLY_WINDOWS = 2  # in which chains may still be on their way
 _GAMMA, _KAPPA, _T0 = 0.05, 0.75, 10.0
-_FAR = 8.0  # how far below the others, in units of its usual change, a log density shows a chain on its way
+FAR = 8.0  # how far below the others, in units of its usual change, a log density shows a chain on its way
 
 
 class DualAveraging(NamedTuple):
@@ -126,6 +126,11 @@ def windows(num_warmup: int, num_chains: int = 1) -> tuple[tuple[int, int], ...]
     return tuple(found)
 
 
+def count_chains(initial: Any) -> int:
+    """C of initial positions (*g, C, D) that may be unfit; then 1."""
+    return initial.shape[-2] if isinstance(initial, Tensor) and initial.ndim > 1 else 1
+
+
 def slow_windows(num_warmup: int) -> tuple[tuple[int, int], ...]:
     """The windows [start, end) of warm-up for a metric from positions alone, each replacing the one before.
 
@@ -154,18 +159,18 @@ def slow_windows(num_warmup: int) -> tuple[tuple[int, int], ...]:
 def arrived(before: Tensor, state: State) -> Tensor:
     """Whether each chain is where the others are, (*g, C): its log density is not far below the best.
 
-    Far means 20 times the larger of sqrt(D / 2), the standard deviation of the log density of a Gaussian, and thrice
+    Far means eight times the larger of sqrt(D / 2), the standard deviation of the log density of a Gaussian, and thrice
     the median change in a transition, from `before` (*g, C). A chain that is not may be on its way, or stuck; no
     estimate of the target's shape should rest on it.
     """
     now = state.log_density.double()
     change = (now - before.double()).abs().nan_to_num(nan=0.0, posinf=0.0).quantile(0.5, -1, keepdim=True)
     unit = torch.clamp(3 * change, min=(state.q.shape[-1] / 2) ** 0.5)
-    return now >= now.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True) - _FAR * unit
+    return now >= now.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True) - FAR * unit
 
 
 def stand_ins(state: State, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions and gradients (*g, C, D), in which chains that count (*g, C) stand in, in turn, for those that do not."""
+    """Positions and gradients (*g, C, D), in which chains that count (*g, C) stand in for those that do not."""
     if bool(counts.all()):
         return state.q, state.grad
     order = counts.byte().argsort(stable=True, dim=-1, descending=True)

@@ -10,7 +10,8 @@ Four settings every sampler has:
   often, so that writing takes at most a twentieth of the time), and at its end. Called again with the same settings
   after it was killed, it goes on from there and makes the same draws, bit for bit, on the same kind of machine; once
   it is over it hands back what is there without computing a gradient. A folder of a run with other settings is refused,
-  and so is one whose log density has other values at the initial positions. One process at a time may use a folder.
+  and so is one whose log density has other values at the initial positions; `progress` may differ, and so may the last
+  two settings of this list, at the price of rounding. One process at a time may use a folder.
 - `max_gradients`, a budget of gradient evaluations per chain, warm-up and step-size searches included. No transition
   begins once it is spent, but for the one that gives the first draw, and `Run.stopped_by` says so. A budget that ends
   within warm-up leaves parameters that are not adapted well, and warns. The stochastic-gradient samplers count passes

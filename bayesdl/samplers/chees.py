@@ -34,6 +34,7 @@ from bayesdl.samplers import adaptation, hamiltonian, nuts
 from bayesdl.samplers._adapted import Adapted, Move, Plan
 from bayesdl.samplers._chains import Numbers, drive
 from bayesdl.samplers._low_rank import largest_variance
+from bayesdl.samplers._stuck import warn_of_stuck_chains
 from bayesdl.samplers.adaptation import Moments
 from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad, value_and_grad
 from bayesdl.samplers.hamiltonian import Metric, State, init, leapfrog, metropolis
@@ -156,7 +157,8 @@ def run(
     kind = _metric_for(initial, num_warmup, inverse_mass) if metric == "auto" else metric
     evaluate = value_and_grad(log_density, chain_batch=chain_batch, compile=compile)
     tuner = _TrajectoryTuner(fixed_start=trajectory_length is not None)
-    plan = Plan(num_warmup, target_accept, kind, step_size, inverse_mass, _harmonic_mean, tuner, _whole(initial))
+    count, whole = adaptation.count_chains(initial), _whole(initial)
+    plan = Plan(num_warmup, target_accept, kind, step_size, inverse_mass, _harmonic_mean, tuner, whole, count)
     settings = {"max_steps": max_steps, "trajectory_length": trajectory_length}
     move, make_parameters = _moves(evaluate, max_steps), _parameters_from(trajectory_length)
     program = Adapted("chees.run", evaluate, move, plan, settings, make_parameters)
@@ -175,7 +177,8 @@ def run(
         max_gradients=max_gradients,
     )
     metric, length = carry.parameters.metric, carry.parameters.trajectory_length
-    return result._replace(inverse_mass=metric.inverse_mass, trajectory_length=length)
+    warn_of_stuck_chains("chees.run", result)
+    return result._replace(inverse_mass=metric.reported(), trajectory_length=length)
 
 
 def _parameters_from(trajectory_length: float | Tensor | None) -> Callable[[Tensor, Metric], Parameters]:
@@ -252,7 +255,7 @@ class _TrajectoryTuner:
         self._fixed_start = fixed_start
 
     def start(self, tuning: _Tuning | None, parameters: Parameters) -> tuple[Parameters, _Tuning]:
-        """From the floor where a window has given one, else from as far as the chains have travelled in a transition."""
+        """From the floor where a window has given one, else from a few steps."""
         if tuning is not None:
             return parameters, tuning
         if not self._fixed_start:
@@ -362,7 +365,7 @@ def _metric_for(initial: Any, num_warmup: int, inverse_mass: Tensor | None) -> s
         return "dense" if inverse_mass.ndim >= 2 and inverse_mass.shape[-2] == initial.shape[-1] else "diagonal"
     if not isinstance(initial, Tensor) or initial.ndim < 2 or isinstance(num_warmup, bool):
         return "diagonal"
-    windows = adaptation.windows(num_warmup) if isinstance(num_warmup, int) else ()
+    windows = adaptation.windows(num_warmup, initial.shape[-2]) if isinstance(num_warmup, int) else ()
     longest = max((end - start for start, end in windows), default=0)
     if not longest:
         return "diagonal"

@@ -102,6 +102,10 @@ class Metric(NamedTuple):
             return self.inverse_mass
         return self.inverse_mass + (self.directions.square() * (self.stretch - 1).unsqueeze(-2)).sum(-1)
 
+    def reported(self) -> Tensor:
+        """What a run reports as its inverse mass: M^{-1}, (*g, D, D), or where that is not dense its diagonal."""
+        return self.inverse_mass if self.dense else self.variances()
+
     def _along(self, p: Tensor, factors: Tensor) -> Tensor:
         """S U (factors - I) U' S p."""
         return ((p @ self.directions) * (factors - 1).unsqueeze(-2)) @ self.directions.mT

@@ -6,9 +6,10 @@ time the map is its own inverse, and exp(-dE) is its Jacobian times the ratio of
 exactly invariant. All chains move in lock step, with n = ceil(2 u T / eps) and u from a van der Corput sequence: T is
 the mean length, and no length is stuck on a period of the target.
 
-Warm-up adapts eps by dual averaging to a mean acceptance of 0.9, and a metric from all chains. T begins as sqrt(D)
-times the largest standard deviation of the whitened target, the time of a crossing, and is then scaled by how many
-transitions the chains need for an effectively independent draw.
+Warm-up begins with short trajectories of HMC, since a particle of unit speed takes long to come down from a steep
+place. Then it adapts eps by dual averaging to a mean acceptance of 0.9, and a metric from all chains. T begins as
+sqrt(D) times the largest standard deviation of the whitened target, the time of a crossing, and grows where the chains
+need many transitions for an effectively independent draw.
 
 Reference: Robnik, Cohn-Gordon & Seljak (2025), Metropolis adjusted microcanonical Hamiltonian Monte Carlo, arXiv
 2503.01707.
@@ -36,6 +37,7 @@ from bayesdl.samplers._microcanonical import (
     unit,
 )
 from bayesdl.samplers._microcanonical_lengths import Watch
+from bayesdl.samplers._travel import travel, travel_step_size
 from bayesdl.samplers.adaptation import DualAveraging, Moments
 from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad, value_and_grad
 from bayesdl.samplers.hamiltonian import MAX_ENERGY_ERROR, Metric, State, init
@@ -140,9 +142,9 @@ def run(
 ) -> Run:
     r"""Adapt, then draw: `num_warmup` transitions, then `num_draws * thin` with everything frozen.
 
-    Warm-up first lets the chains travel, each with a step size of its own; then they share one, and the metric and T
-    follow in windows. The groups of a run are independent, as in `hmc.run`. With `num_warmup=0` and a given step size
-    a chain does not depend on the others.
+    Warm-up first lets the chains travel by HMC, each with a step size of its own; then they share one, and the metric
+    and T follow in windows. The groups of a run are independent, as in `hmc.run`. With `num_warmup=0` and a given step
+    size a chain does not depend on the others.
 
     Args:
         log_density: Unnormalised, unconstrained, differentiable and batched: (*g, C, D) to (*g, C), D of 2 or more.
@@ -207,7 +209,8 @@ def run(
     return result._replace(inverse_mass=parameters.metric.inverse_mass, trajectory_length=parameters.trajectory_length)
 
 
-_TRAVEL = 5  # longest trajectory, in steps, before lengths adapt
+_HASTE = 100  # longest trajectory, in steps, before the last metric
+_FIRST = 5  # steps of the mean trajectory under the first step size, before anything is known of the target
 _TOLERANCE = 0.25  # energy error of one step that the search for a first step size crosses
 _MEMORY = 0.3  # T grows where an effectively independent draw takes more transitions than 1 over this
 _LEAST, _MOST = 1.0, 2.0  # what tuning may do to T, which is no less than a crossing
@@ -240,39 +243,37 @@ class _Program:
         metric = _adapted._initial_metric("mams.run", self.settings["metric"], self.settings["inverse_mass"], q)
         far = _microcanonical_lengths.given_length("mams.run", q.shape[-1] ** 0.5 if length is None else length, q)
         parameters, spent = Parameters(first, metric, far), 1
-        if given is None:
+        if given is None and self._schedule.together:
+            size, more = travel_step_size(self._evaluate, state, metric, numbers, first)
+            parameters, spent = parameters._replace(step_size=size), 1 + more
+        elif given is None:
             parameters, more = self._search(state, parameters, numbers)
             spent += more
         seen = _microcanonical_lengths.start_watch(q, self._schedule.watch[1] - self._schedule.watch[0])
         averaging = adaptation.start_dual_averaging(parameters.step_size)
         return _Carry(state, parameters, averaging, self._no_moments(q, metric), seen, 0), spent
 
-    def warm(self, t: int, carry: _Carry, numbers: Numbers) -> tuple[_Carry, Info]:
+    def warm(self, t: int, carry: _Carry, numbers: Numbers) -> tuple[_Carry, Any]:
         """Transition t, then what it says about step size, metric and T."""
-        plan = self._schedule
-        if t == plan.together:
-            carry = self._share(carry)
-        state, parameters, averaging, moments, seen, count = carry
+        plan, extra, info = self._schedule, 0, None
         if t < plan.together:
-            state, info = self._travel(carry, numbers)
-        else:
-            state, info = self._go(carry, numbers)
-            count += 1
-        pooled = parameters.step_size.shape[-1] == 1
-        rate = info.acceptance_rate.mean(-1, keepdim=True) if pooled else info.acceptance_rate
-        averaging = adaptation.dual_average(averaging, rate, self.settings["target_accept"])
-        parameters = parameters._replace(step_size=averaging.log_step_size.exp().to(state.q))
-        if plan.windows and plan.windows[0][0] <= t < plan.windows[-1][1]:
-            moments = adaptation.add_to_moments(moments, state.q, state.grad)
+            state, info = travel(self._evaluate, carry.state, carry.parameters, numbers)
+            return self._adapt(carry._replace(state=state), info), info
+        if t == plan.together:
+            carry, extra = self._share(carry, numbers)
+        last = plan.windows[-1][1] if plan.windows else 0
+        state, info = self._go(carry, numbers, self.settings["max_steps"] if t >= last else _HASTE)
+        carry = self._adapt(carry._replace(state=state, count=carry.count + 1), info)
+        if plan.windows and plan.windows[0][0] <= t < last:
+            carry = carry._replace(moments=adaptation.add_to_moments(carry.moments, state.q, state.grad))
         if plan.watch[0] <= t < plan.watch[1]:
-            seen = _microcanonical_lengths.watch(seen, state.q, t - plan.watch[0])
-        carry = _Carry(state, parameters, averaging, moments, seen, count)
+            carry = carry._replace(seen=_microcanonical_lengths.watch(carry.seen, state.q, t - plan.watch[0]))
         if any(t + 1 == end for _, end in plan.windows):
             carry, more = self._end_window(carry, numbers)
-            info = info._replace(num_gradients=info.num_gradients + more)
+            extra += more
         if t + 1 == plan.watch[1]:
             carry = self._tune_length(carry)
-        return carry, info
+        return carry, info._replace(num_gradients=info.num_gradients + extra)
 
     def freeze(self, carry: _Carry, numbers: Numbers) -> _Carry:
         """One step size for all, the average over its search."""
@@ -283,7 +284,7 @@ class _Program:
 
     def move(self, carry: _Carry, numbers: Numbers) -> tuple[_Carry, Info]:
         """One transition under the frozen parameters."""
-        state, info = self._go(carry, numbers)
+        state, info = self._go(carry, numbers, self.settings["max_steps"])
         return carry._replace(state=state, count=carry.count + 1), info
 
     def state(self, carry: _Carry) -> State:
@@ -294,30 +295,33 @@ class _Program:
         """The step sizes, (*g, 1) or (*g, C)."""
         return carry.parameters.step_size
 
-    def _go(self, carry: _Carry, numbers: Numbers) -> tuple[State, Info]:
+    def _go(self, carry: _Carry, numbers: Numbers, max_steps: int) -> tuple[State, Info]:
         """A trajectory of the mean length T, by the next number of the sequence."""
         parameters, u = carry.parameters, van_der_corput(carry.count + 1)
         length = 2 * u * parameters.trajectory_length / parameters.step_size.squeeze(-1)
-        num_steps = length.ceil().clamp(1, self.settings["max_steps"]).nan_to_num(nan=1.0).long()
-        return self._step(carry, numbers, num_steps)
-
-    def _travel(self, carry: _Carry, numbers: Numbers) -> tuple[State, Info]:
-        """A short trajectory, whose length in time is each chain's own."""
-        return self._step(carry, numbers, min(numbers.length(_TRAVEL), self.settings["max_steps"]))
-
-    def _step(self, carry: _Carry, numbers: Numbers, num_steps: Tensor | int) -> tuple[State, Info]:
+        limit = min(max_steps, self.settings["max_steps"])
+        num_steps = length.ceil().clamp(1, limit).nan_to_num(nan=1.0).long()
         noise, uniform = numbers.momentum(), numbers.uniform()
-        return step(self._evaluate, carry.state, carry.parameters, noise, uniform, num_steps, self._integrator)
+        return step(self._evaluate, carry.state, parameters, noise, uniform, num_steps, self._integrator)
 
-    def _share(self, carry: _Carry) -> _Carry:
-        """From here on the chains share a step size, and T starts from as far as they have travelled at a time."""
-        parameters = _adapted._pool(carry.parameters, carry.state)
+    def _adapt(self, carry: _Carry, info: Any) -> _Carry:
+        """The step size after one more transition."""
+        pooled = carry.parameters.step_size.shape[-1] == 1
+        rate = info.acceptance_rate.mean(-1, keepdim=True) if pooled else info.acceptance_rate
+        averaging = adaptation.dual_average(carry.averaging, rate, self.settings["target_accept"])
+        step_size = averaging.log_step_size.exp().to(carry.state.q)
+        return carry._replace(parameters=carry.parameters._replace(step_size=step_size), averaging=averaging)
+
+    def _share(self, carry: _Carry, numbers: Numbers) -> tuple[_Carry, int]:
+        """From here on the chains move at unit speed and share a step size; also the gradients spent on it."""
+        state, parameters, spent = carry.state, carry.parameters, 0
+        if self._schedule.together:
+            parameters, spent = self._search(state, _adapted._pool(parameters, state), numbers)
+        parameters = _adapted._pool(parameters, state)
         if self.settings["trajectory_length"] is None and self._schedule.windows:
-            length = 0.5 * _TRAVEL * parameters.step_size.squeeze(-1)
-            parameters = parameters._replace(trajectory_length=length)
-        return carry._replace(
-            parameters=parameters, averaging=adaptation.start_dual_averaging(parameters.step_size), count=0
-        )
+            parameters = parameters._replace(trajectory_length=_FIRST * parameters.step_size.squeeze(-1))
+        averaging = adaptation.start_dual_averaging(parameters.step_size)
+        return carry._replace(parameters=parameters, averaging=averaging, count=0), spent
 
     def _end_window(self, carry: _Carry, numbers: Numbers) -> tuple[_Carry, int]:
         """A new metric, with step sizes and a T to go with it; also the gradients spent on them."""

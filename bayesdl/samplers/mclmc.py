@@ -6,7 +6,8 @@ that the energy error per step controls: warm-up finds the step size at which
 
     E (dE)^2 / D = desired_energy_error,    where (dE)^2 grows like eps^6,
 
-and L from the width of the target, then as 0.4 times the distance that the chains need to forget where they were. A
+and L from the width of the target, then as 0.4 times the distance that the chains need to forget where they were. It
+begins with short trajectories of HMC, which come down from a steep place where a particle of unit speed would creep. A
 step whose energy is not finite, or jumps by more than 1000, is undone with its direction reversed, and counts as a
 divergence. Where the bias matters, use `samplers.mams`, which is exact.
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from bayesdl import _checks
 from bayesdl._random import Seed
-from bayesdl.samplers import _adapted, _microcanonical_lengths, adaptation, hamiltonian
+from bayesdl.samplers import _adapted, _microcanonical_lengths, adaptation, hamiltonian, hmc
 from bayesdl.samplers._chains import Numbers, drive
 from bayesdl.samplers._microcanonical import (
     SCHEMES,
@@ -38,7 +39,8 @@ from bayesdl.samplers._microcanonical import (
     unit,
 )
 from bayesdl.samplers._microcanonical_lengths import Watch
-from bayesdl.samplers.adaptation import Moments
+from bayesdl.samplers._travel import travel, travel_step_size
+from bayesdl.samplers.adaptation import DualAveraging, Moments
 from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad, value_and_grad
 from bayesdl.samplers.hamiltonian import Metric
 
@@ -152,8 +154,8 @@ def run(
 
     A step is short, some tenth of what makes a draw independent, so there should be many, and `thin` of 5 or 10. The
     groups of a run are independent, as in `hmc.run`. Chains of a group share the metric and, once they have travelled
-    from where they started, the step size and L. With `num_warmup=0` and a given step size a chain does not depend on
-    the others.
+    by HMC from where they started, the step size and L. With `num_warmup=0` and a given step size a chain does not
+    depend on the others.
 
     Args:
         log_density: Unnormalised, unconstrained, differentiable and batched: (*g, C, D) to (*g, C), D of 2 or more.
@@ -225,11 +227,12 @@ def run(
 _FORGET = 149 / 151  # of the energy errors: the last 150 or so count
 _TRUST = 9.0  # errors that differ from the desired one by more than a factor exp(9) hardly count
 _SPOILT = 64.0  # what an undone step counts as, in units of the desired error: half the step would have the desired one
-_TRAVEL = 10  # steps over which a direction is forgotten before anything is known of the target
+_FIRST = 10  # steps over which a direction is forgotten before anything is known of the target
+_TRAVEL_ACCEPT = 0.8
 
 
 class _Errors(NamedTuple):
-    """Weighted sums over the steps so far, (*g, 1) or (*g, C) in float64, of 1 and of (dE)^2 / eps^6."""
+    """Weighted sums over the steps so far, (*g, 1) in float64, of 1 and of (dE)^2 / eps^6."""
 
     weight: Tensor
     total: Tensor
@@ -240,6 +243,7 @@ class _Carry(NamedTuple):
 
     state: State
     parameters: Parameters
+    averaging: DualAveraging
     errors: _Errors
     moments: Moments
     seen: Watch
@@ -263,45 +267,50 @@ class _Program:
         if length is not None:
             far = _microcanonical_lengths.given_length("mclmc.run", length, q).unsqueeze(-1)
         parameters, spent = Parameters(first, metric, far), 1
-        if given is None:
+        averaging = adaptation.start_dual_averaging(first)
+        if given is None and self._schedule.together:
+            size, more = travel_step_size(self._evaluate, self.state_of(state), metric, numbers, first)
+            parameters, averaging = parameters._replace(step_size=size), adaptation.start_dual_averaging(size)
+            spent += more
+        elif given is None:
             parameters, more = self._search(state, parameters)
             spent += more
         seen = _microcanonical_lengths.start_watch(q, self._schedule.watch[1] - self._schedule.watch[0])
         errors = _start_errors(parameters.step_size)
-        return _Carry(state, parameters, errors, self._no_moments(q, metric), seen), spent
+        return _Carry(state, parameters, averaging, errors, self._no_moments(q, metric), seen), spent
 
-    def warm(self, t: int, carry: _Carry, numbers: Numbers) -> tuple[_Carry, Info]:
+    def warm(self, t: int, carry: _Carry, numbers: Numbers) -> tuple[_Carry, Info | hmc.Info]:
         """Step t, then what it says about step size, metric and L."""
-        plan = self._schedule
-        before, parameters, errors, moments, seen = carry
+        plan, extra = self._schedule, 0
+        if t < plan.together:
+            return self._travel(carry, numbers)
         if t == plan.together:
-            parameters = _adapted._pool(parameters, before)
-            errors = _start_errors(parameters.step_size)
+            carry, extra = self._share(carry)
+        before, parameters = carry.state, carry.parameters
         if self.settings["trajectory_length"] is None and plan.windows and t < plan.windows[0][1]:
-            parameters = parameters._replace(trajectory_length=_TRAVEL * parameters.step_size)
+            parameters = parameters._replace(trajectory_length=_FIRST * parameters.step_size)
         state, info = step(self._evaluate, before, parameters, numbers.momentum(), self._integrator)
-        errors = _weigh(errors, parameters.step_size, before, info, self.settings["desired_energy_error"])
+        errors = _weigh(carry.errors, parameters.step_size, before, info, self.settings["desired_energy_error"])
         parameters = parameters._replace(step_size=_desired(errors).to(state.q))
+        carry = carry._replace(state=state, parameters=parameters, errors=errors)
         if plan.windows and plan.windows[0][0] <= t < plan.windows[-1][1]:
-            moments = adaptation.add_to_moments(moments, state.q, state.grad)
+            carry = carry._replace(moments=adaptation.add_to_moments(carry.moments, state.q, state.grad))
         if plan.watch[0] <= t < plan.watch[1]:
-            seen = _microcanonical_lengths.watch(seen, state.q, t - plan.watch[0])
-        carry = _Carry(state, parameters, errors, moments, seen)
+            carry = carry._replace(seen=_microcanonical_lengths.watch(carry.seen, state.q, t - plan.watch[0]))
         if any(t + 1 == end for _, end in plan.windows):
             carry, more = self._end_window(carry)
-            info = info._replace(num_gradients=info.num_gradients + more)
-        return carry, info
+            extra += more
+        return carry, info._replace(num_gradients=info.num_gradients + extra)
 
     def freeze(self, carry: _Carry, numbers: Numbers) -> _Carry:
         """One step size and one L for all."""
-        state, parameters, errors, moments, seen = carry
-        parameters = _adapted._pool(parameters, state)
+        parameters, seen = _adapted._pool(carry.parameters, carry.state), carry.seen
         length = parameters.trajectory_length.mean(-1, keepdim=True)
         if self.settings["trajectory_length"] is None and seen.filled >= _microcanonical_lengths.FEWEST:
             tuned = 0.4 * parameters.step_size * _microcanonical_lengths.memory(seen).unsqueeze(-1)
             length = torch.clamp(tuned.to(length), length / 4, length * 4)
         parameters = parameters._replace(trajectory_length=length)
-        return _Carry(state, parameters, errors, moments, seen._replace(rows=seen.rows[..., :0, :], filled=0))
+        return carry._replace(parameters=parameters, seen=seen._replace(rows=seen.rows[..., :0, :], filled=0))
 
     def move(self, carry: _Carry, numbers: Numbers) -> tuple[_Carry, Info]:
         """One step under the frozen parameters."""
@@ -310,15 +319,36 @@ class _Program:
 
     def state(self, carry: _Carry) -> hamiltonian.State:
         """Where the chains are."""
-        return hamiltonian.State(carry.state.q, carry.state.log_density, carry.state.grad)
+        return self.state_of(carry.state)
 
     def step_size(self, carry: _Carry) -> Tensor:
         """The step sizes, (*g, 1) or (*g, C)."""
         return carry.parameters.step_size
 
+    @staticmethod
+    def state_of(state: State) -> hamiltonian.State:
+        """The same without direction and energy."""
+        return hamiltonian.State(state.q, state.log_density, state.grad)
+
+    def _travel(self, carry: _Carry, numbers: Numbers) -> tuple[_Carry, hmc.Info]:
+        """A transition of HMC, with its step sizes by dual averaging."""
+        end, info = travel(self._evaluate, self.state_of(carry.state), carry.parameters, numbers)
+        averaging = adaptation.dual_average(carry.averaging, info.acceptance_rate, _TRAVEL_ACCEPT)
+        parameters = carry.parameters._replace(step_size=averaging.log_step_size.exp().to(end.q))
+        state = State(end.q, carry.state.velocity, end.log_density, end.grad, -end.log_density.double())
+        return carry._replace(state=state, parameters=parameters, averaging=averaging), info
+
+    def _share(self, carry: _Carry) -> tuple[_Carry, int]:
+        """From here on the chains move at unit speed and share a step size; also the gradients spent on it."""
+        parameters, spent = carry.parameters, 0
+        if self._schedule.together:
+            parameters, spent = self._search(carry.state, _adapted._pool(parameters, carry.state))
+        parameters = _adapted._pool(parameters, carry.state)
+        return carry._replace(parameters=parameters, errors=_start_errors(parameters.step_size)), spent
+
     def _end_window(self, carry: _Carry) -> tuple[_Carry, int]:
         """A new metric, with step sizes and an L to go with it; also the gradients spent on them."""
-        state, parameters, _, moments, seen = carry
+        state, parameters, _, _, moments, _ = carry
         if self.settings["metric"] != "identity":
             parameters = parameters._replace(metric=adaptation.estimate_metric(moments, parameters.metric))
         parameters, spent = self._search(state, parameters)
@@ -326,8 +356,8 @@ class _Program:
         if self.settings["trajectory_length"] is None:
             length = _microcanonical_lengths.average_width(moments, parameters.metric).unsqueeze(-1)
             parameters = parameters._replace(trajectory_length=length.to(state.q))
-        errors = _start_errors(parameters.step_size)
-        return _Carry(state, parameters, errors, self._no_moments(state.q, parameters.metric), seen), spent
+        errors, moments = _start_errors(parameters.step_size), self._no_moments(state.q, parameters.metric)
+        return carry._replace(parameters=parameters, errors=errors, moments=moments), spent
 
     def _search(self, state: State, parameters: Parameters) -> tuple[Parameters, int]:
         """Step sizes of the right order, one per chain, and the gradients spent on them."""
@@ -346,19 +376,14 @@ def _start_errors(step_size: Tensor) -> _Errors:
 
 
 def _weigh(errors: _Errors, step_size: Tensor, before: State, info: Info, desired: float) -> _Errors:
-    """Take in the energy errors (*g, C) of one step: of each chain, or their mean where the chains share a step."""
+    """Take in the energy errors (*g, C) of one step, the mean over the chains of a group."""
     ratio = info.energy_change.square() / (desired * before.q.shape[-1]) + 1e-8
     ratio = torch.where(info.diverging, _SPOILT, ratio)
     weight = torch.exp(-0.5 * (ratio.log() / _TRUST).square()) * before.log_density.isfinite()
     total = weight * ratio * step_size.double() ** -6
-    if errors.weight.shape[-1] == 1:
-        weight, total = weight.mean(-1, keepdim=True), total.mean(-1, keepdim=True)
-    errors = _Errors(_FORGET * errors.weight + weight, _FORGET * errors.total + total)
-    if errors.weight.shape[-1] == 1 < info.diverging.shape[-1]:
-        return errors
-    # A chain that adapts by itself need not wait: it tries again with half the step.
-    halved = errors.weight * (step_size.double() / 2) ** -6
-    return errors._replace(total=torch.where(info.diverging, halved, errors.total))
+    return _Errors(
+        _FORGET * errors.weight + weight.mean(-1, keepdim=True), _FORGET * errors.total + total.mean(-1, keepdim=True)
+    )
 
 
 def _desired(errors: _Errors) -> Tensor:

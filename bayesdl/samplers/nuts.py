@@ -32,6 +32,7 @@ from bayesdl._random import Seed
 from bayesdl.samplers import adaptation
 from bayesdl.samplers._adapted import Adapted, Plan
 from bayesdl.samplers._chains import Numbers, drive
+from bayesdl.samplers._stuck import warn_of_stuck_chains
 from bayesdl.samplers._trees import EARLY, Span, block_size, count, decisions, early_decisions, turns_back
 from bayesdl.samplers.base import LogDensityFn, Run, ValueAndGrad, value_and_grad
 from bayesdl.samplers.hamiltonian import MAX_ENERGY_ERROR, Metric, Parameters, State, energy, init, leapfrog_path
@@ -213,13 +214,14 @@ def run(
     _checks.inside("nuts.run", "max_depth", max_depth, 0, 21)
     evaluate = value_and_grad(log_density, chain_batch=chain_batch, compile=compile)
 
-    early = _early(num_warmup)
+    num_chains = adaptation.count_chains(initial)
+    early = _early(num_warmup, num_chains)
 
     def move(state: State, parameters: Parameters, numbers: Numbers, count: int) -> tuple[State, Info]:
         depth = min(max_depth, _EARLY_DEPTH) if count < early else max_depth
         return step(evaluate, state, parameters, numbers.momentum(), numbers.wide_uniform(), depth)
 
-    plan = Plan(num_warmup, target_accept, metric, step_size, inverse_mass)
+    plan = Plan(num_warmup, target_accept, metric, step_size, inverse_mass, num_chains=num_chains)
     program = Adapted("nuts.run", evaluate, move, plan, {"max_depth": max_depth})
     result, carry = drive(
         "nuts.run",
@@ -235,12 +237,13 @@ def run(
         checkpoint=checkpoint,
         max_gradients=max_gradients,
     )
-    return result._replace(inverse_mass=carry.parameters.metric.inverse_mass)
+    warn_of_stuck_chains("nuts.run", result)
+    return result._replace(inverse_mass=carry.parameters.metric.reported())
 
 
-def _early(num_warmup: int) -> int:
+def _early(num_warmup: int, num_chains: int) -> int:
     """Transitions before the end of the early windows, counted from the end of the last."""
-    windows = adaptation.windows(num_warmup)
+    windows = adaptation.windows(num_warmup, num_chains) if isinstance(num_warmup, int) else ()
     return windows[: adaptation.EARLY_WINDOWS][-1][1] - windows[-1][1] if windows else 0
 
 

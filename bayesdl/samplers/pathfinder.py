@@ -211,31 +211,19 @@ def run(
         return torch.where(value.isfinite(), value, -torch.inf)
 
     best, point = _best_points(density, path, noise, history)
-    noise = Streams(draw_seed, len(q), q.device).normal(num_draws, q.shape[-1], like=q)
-    candidates = best.draw(noise)
-    log_p, log_q = density(candidates), best.log_prob(candidates).double()
-    elbo = torch.where(path.alive, _elbo(log_p, log_q), -torch.inf)
-    # a path without any candidate of finite density has failed; one with some is for the weights to judge
-    usable = path.alive & (log_p > -torch.inf).any(-1) & best.root.isfinite().all(-1).all(-1)
-    if not bool(usable.any()):
-        fail(
-            NumericalError,
-            "pathfinder.run",
-            "one path at least must find a Gaussian on which log_density is finite.",
-            got=f"{len(q)} paths that failed",
-            fix="other initial positions, or look for overflow",
-        )
-    log_weight = _mixture_weights(best, candidates, log_p, usable)
+    candidates = best.draw(Streams(draw_seed, len(q), q.device).normal(num_draws, q.shape[-1], like=q))
+    log_p = density(candidates)
+    elbo = torch.where(path.alive, _elbo(log_p, best.log_prob(candidates).double()), -torch.inf)
+    log_weight, num_usable = _mixture_weights(best, candidates, log_p, path.alive)
     flat = candidates.reshape(-1, q.shape[-1])
     smoothed, khat = _pareto.smooth(log_weight.flatten())
-    g = generator(pick_seed, q.device)
-    picks = torch.multinomial(smoothed.exp(), num_draws, replacement=True, generator=g)
+    picks = torch.multinomial(smoothed.exp(), num_draws, replacement=True, generator=generator(pick_seed, q.device))
     return Approximation(
         draws=flat[picks],
         candidates=flat,
         log_weights=smoothed,
         khat=khat,
-        log_evidence=float(log_weight.flatten().logsumexp(0) - math.log(int(usable.sum()) * num_draws)),
+        log_evidence=float(log_weight.flatten().logsumexp(0) - math.log(num_usable * num_draws)),
         elbo=elbo,
         fit=best,
         weights=smoothed.exp().reshape(log_weight.shape).sum(-1),
@@ -387,10 +375,23 @@ def _gaussians(q: Tensor, grad: Tensor, a: Tensor, s: Tensor, y: Tensor) -> Fit:
     return Fit(q + moved, a, basis, root)
 
 
-def _mixture_weights(fit: Fit, candidates: Tensor, log_p: Tensor, usable: Tensor) -> Tensor:
-    """log p - log of the equal mixture of the usable paths' Gaussians, at every candidate (P, K); -inf for the rest."""
-    flat = candidates.reshape(-1, candidates.shape[-1])
+def _mixture_weights(fit: Fit, candidates: Tensor, log_p: Tensor, alive: Tensor) -> tuple[Tensor, int]:
+    """log p - log of the equal mixture of the usable paths' Gaussians, at every candidate (P, K), and their number.
+
+    A path is unusable, and its candidates have weight 0, where it never started, where all of its candidates lie
+    outside the support, or where its Gaussian is none.
+    """
+    usable = alive & (log_p > -torch.inf).any(-1) & fit.root.isfinite().all(-1).all(-1)
     rows = usable.nonzero()[:, 0].tolist()
+    if not rows:
+        fail(
+            NumericalError,
+            "pathfinder.run",
+            "one path at least must find a Gaussian on which log_density is finite.",
+            got=f"{len(usable)} paths that failed",
+            fix="other initial positions, or look for overflow",
+        )
+    flat = candidates.reshape(-1, candidates.shape[-1])
     log_q = torch.stack([Fit(*(part[row] for part in fit)).log_prob(flat).double() for row in rows])
     weight = log_p - (log_q.logsumexp(0) - math.log(len(rows))).reshape(log_p.shape)
-    return torch.where(usable.unsqueeze(-1) & weight.isfinite(), weight, -torch.inf)
+    return torch.where(usable.unsqueeze(-1) & weight.isfinite(), weight, -torch.inf), len(rows)

@@ -152,15 +152,8 @@ def run(
         kept |= {"num_particles": num_particles, "num_islands": num_islands, "groups": groups, "dim": q.shape[-1]}
         file = Checkpoint("smc.run", checkpoint, fingerprint(kept), at_initial)
     saved = None if file is None else file.load(q.device)
-    if saved is None:
-        dim = q.shape[-1]
-        few = dim <= MAX_DENSE and ess_target * whole >= 5 * dim
-        state = init(evaluate, q, metric == "dense" or (metric == "auto" and few))
-        _check_alive(state)
-        course = _Course(run_seed, state, None)
-    else:
-        began -= saved.seconds
-        course = saved.tree
+    began -= 0.0 if saved is None else saved.seconds
+    course = _first(evaluate, settings, q, metric, run_seed) if saved is None else saved.tree
     course = _travel(evaluate, settings, course, file, began, _Bar(description, q.shape[:-2].numel(), progress))
     if q.is_cuda:
         torch.cuda.synchronize(q.device)
@@ -173,6 +166,22 @@ class _Course(NamedTuple):
     seed: int
     state: State
     trace: Info | None
+
+
+def _first(evaluate: Evaluate, settings: Settings, q: Tensor, metric: str, seed: int) -> _Course:
+    num, dim = q.shape[-2:]
+    few = dim <= MAX_DENSE and settings.ess_target * num >= 5 * dim
+    state = init(evaluate, q, metric == "dense" or (metric == "auto" and few))
+    dead = ~(state.start_ratio > -torch.inf).any(-1)
+    if bool(dead.any()):
+        fail(
+            NumericalError,
+            "smc.run",
+            "log_density must be finite at some particle of every island.",
+            got=f"NaN or infinity at all {num} particles of {int(dead.sum())} of {dead.numel()} islands",
+            fix="a reference that reaches into the support, or more particles",
+        )
+    return _Course(seed, state, None)
 
 
 def _travel(
@@ -305,18 +314,6 @@ def _check(num_particles: int, num_islands: int, metric: str, settings: Settings
         _checks.at_least(where, name, getattr(settings, name), 1, integer=True)
     if settings.max_gradients is not None:
         _checks.at_least(where, "max_gradients", settings.max_gradients, num_particles)
-
-
-def _check_alive(state: State) -> None:
-    dead = ~(state.start_ratio > -torch.inf).any(-1)
-    if bool(dead.any()):
-        fail(
-            NumericalError,
-            "smc.run",
-            "log_density must be finite at some particle of every island.",
-            got=f"NaN or infinity at all {state.q.shape[-2]} particles of {int(dead.sum())} of {dead.numel()} islands",
-            fix="a reference that reaches into the support, or more particles",
-        )
 
 
 class _Bar:

@@ -65,7 +65,7 @@ def tilted(q):
     return normal(white) - root.diagonal().log().sum() - math.log(2 * math.pi) + math.log(7.0)
 
 
-@pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees", "mams", "mclmc", "smc"])
+@pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees", "mams", "mclmc", "meads", "smc"])
 @pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
 def test_every_sampler_draws_from_the_target_and_says_what_it_did(sampler):
     """Means and variances of a correlated pair within 4.5 Monte Carlo errors: a false alarm for 1 in 12 000 seeds.
@@ -73,7 +73,8 @@ def test_every_sampler_draws_from_the_target_and_says_what_it_did(sampler):
     The particles of an island are not a chain: the error is that of the means of the islands, 15 degrees of freedom.
     """
     num_draws = 1000 if sampler == "smc" else 60  # few particles are biased
-    chains = sample(tilted, 2, sampler, num_chains=16, num_warmup=100, num_draws=num_draws, seed=1)
+    thin = 10 if sampler == "meads" else 1
+    chains = sample(tilted, 2, sampler, num_chains=16, num_warmup=100, num_draws=num_draws, thin=thin, seed=1)
     x = chains.draws.numpy() - 3
     found = np.concatenate([x, x**2], -1)
     if sampler == "smc":

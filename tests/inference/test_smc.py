@@ -33,7 +33,7 @@ def toy(n=25, seed=10):
     ids=["regression", "binary, heavy tails"],
 )
 def test_obeys_the_contract(model):
-    check_engine(bdl.SMC(model, num_particles=16, num_islands=2, ess_target=0.4, max_moves=2, max_steps=4))
+    check_engine(bdl.SMC(model, num_particles=16, num_islands=2, max_moves=2, max_steps=4, max_gradients=16 * 20))
 
 
 def test_evidence_and_posterior_of_linear_regression_are_those_of_the_closed_form():
@@ -91,7 +91,7 @@ def test_evidence_of_a_network_with_two_modes_is_that_of_quadrature():
     y = 1.3 * np.tanh(1.7 * x[:, 0]) + 0.3 * rng.normal(size=12)
     noise = bdl.Gaussian(prior=LogNormal(-1.5, 0.6))
     model = bdl.BNN(module=OneTanh().double(), prior=bdl.priors.Normal(scale=1.5), likelihood=noise)
-    posterior = bdl.SMC(model, num_particles=256, num_islands=16, standardize=False).fit(x, y, seed=4)
+    posterior = bdl.SMC(model, num_particles=128, num_islands=16, standardize=False).fit(x, y, seed=4)
     grid, width = np.linspace(-8, 8, 241), 16 / 240
     prior = stats.norm(0, 1.5)
     values = np.empty((61, 241, 241))
@@ -103,7 +103,7 @@ def test_evidence_of_a_network_with_two_modes_is_that_of_quadrature():
     values *= np.exp(prior.logpdf(grid))[:, None] * np.exp(prior.logpdf(grid))
     wanted = math.log(integrate.simpson(values.sum((1, 2)) * width**2, x=logs))
     error = posterior.diagnostics["log_evidence_error"]
-    assert abs(float(posterior.log_evidence) - wanted) < min(4 * error, 0.3)
+    assert abs(float(posterior.log_evidence) - wanted) < min(4 * error, 0.4)
     positive = (posterior.draws[..., 1] > 0).double().mean(1)
     assert abs(float(positive.mean()) - 0.5) < 4 * float(positive.std()) / 4
     assert len(posterior.diagnostics["trace"]["temperature"]) == 16
@@ -114,7 +114,7 @@ def test_a_poor_run_is_not_trusted_in_silence():
     x, y = toy(n=40)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        engine = bdl.SMC(bdl.BNN(hidden=(10,)), num_particles=16, num_islands=2, ess_target=0.1, max_gradients=200)
+        engine = bdl.SMC(bdl.BNN(hidden=(10,)), num_particles=16, num_islands=2, max_gradients=200)
         posterior = engine.fit(x, y)
     said = [str(w.message) for w in caught if w.category is ConvergenceWarning]
     assert any("budget" in text for text in said), said

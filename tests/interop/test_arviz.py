@@ -8,7 +8,14 @@ import torch
 from scipy import stats
 
 from bayesdl.errors import ShapeError
-from bayesdl.interop.arviz import convergence, nested_rhat, shared_starts, to_datatree, worst_convergence
+from bayesdl.interop.arviz import (
+    convergence,
+    nested_rhat,
+    shared_starts,
+    to_datatree,
+    worst_convergence,
+    worst_nested_rhat,
+)
 
 
 def draws(*shape, seed=0):
@@ -199,11 +206,12 @@ def test_superchains_must_be_two_and_of_one_size(ids):
 
 
 def test_shared_starts_are_found_where_they_are_of_use():
-    starts = draws(3, 2)
-    np.testing.assert_array_equal(
-        shared_starts(torch.as_tensor(starts[[0, 1, 0, 1]])),
-        np.unique(starts[[0, 1, 0, 1]], axis=0, return_inverse=True)[1].reshape(-1),
-    )
-    assert shared_starts(starts) is None
-    assert shared_starts(starts[[0, 0]]) is None
-    assert shared_starts(starts[[0, 0, 1]]) is None
+    starts, x = draws(3, 2), draws(4, 20, 3, seed=2)
+    found = shared_starts(torch.as_tensor(starts[[0, 1, 0, 1]]))
+    assert found[0] == found[2] != found[1] == found[3]
+    assert worst_nested_rhat(x, starts[[0, 1, 0, 1]]) == nested_rhat(x, found).max()
+    for pattern in ([0, 1, 2], [0, 0], [0, 0, 1]):
+        assert shared_starts(starts[pattern]) is None
+        assert worst_nested_rhat(x[: len(pattern)], starts[pattern]) is None
+    x[:] = 1.0
+    assert np.isnan(worst_nested_rhat(x, starts[[0, 1, 0, 1]]))

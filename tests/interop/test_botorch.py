@@ -278,11 +278,11 @@ def linear_members(num, *, num_features=20, seed=0):
     return features, weights
 
 
-@pytest.mark.parametrize(("num", "error", "spread"), [(64, 0.4, 0.25), (256, 0.15, 0.1), (1024, 0.08, 0.05)])
+@pytest.mark.parametrize(("num", "error", "spread"), [(64, 0.19, 0.05), (256, 0.08, 0.03), (1024, 0.04, 0.02)])
 def test_kalman_conditioning_reaches_the_exact_posterior_where_reweighting_collapses(num, error, spread):
     """Twenty features, five observations of variance 0.01: error of the mean over the prior sd, and ratio of sds.
 
-    Averages over ten draws of members, at 200 points; the bounds are about twice what was measured.
+    Averages over ten draws of members, at 200 points: 0.09, 0.04 and 0.02 of the prior sd, and ratios of 0.99.
     """
     from bayesdl.interop._botorch_laws import Members
     from bayesdl.posterior import DrawsPosterior
@@ -310,7 +310,7 @@ def test_kalman_conditioning_reaches_the_exact_posterior_where_reweighting_colla
         sizes.append(float(1 / share.square().sum()))
     assert np.mean(errors) < error
     assert abs(np.mean(ratios) - 1) < spread
-    assert np.median(sizes) < 20  # effective members that importance weights would leave
+    assert np.median(sizes) < 2  # effective members that importance weights would leave, of all that there are
 
 
 def test_members_of_a_gp_are_conditioned_exactly():

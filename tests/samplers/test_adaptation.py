@@ -89,6 +89,11 @@ def test_windows_with_gradients_start_early_and_double(num_warmup, windows):
     assert adaptation.windows(num_warmup) == windows
 
 
+def test_windows_of_many_chains_are_shorter():
+    assert adaptation.windows(200, 16) == ((3, 8), (8, 18), (18, 38), (38, 150))
+    assert adaptation.windows(200, 15) == adaptation.windows(200)
+
+
 @given(st.integers(20, 5000))
 def test_windows_tile_warm_up_but_for_its_ends(num_warmup):
     windows = adaptation.windows(num_warmup)
@@ -100,9 +105,9 @@ def test_windows_tile_warm_up_but_for_its_ends(num_warmup):
 
 
 def test_a_chain_far_below_the_others_has_not_arrived():
-    """20 units of max(sqrt(D/2), 3 median change): D = 8 gives 40 for steady chains, and 3 x 10 x 20 for restless ones."""
+    """8 units of max(sqrt(D/2), 3 median change): 16 for steady chains at D = 8, 3 x 10 x 8 for restless ones."""
     q = torch.zeros(4, 8, dtype=torch.float64)
-    now = torch.tensor([-5.0, -44.0, -46.0, -torch.inf], dtype=torch.float64)
+    now = torch.tensor([-5.0, -20.0, -22.0, -torch.inf], dtype=torch.float64)
     state = State(q, now, q)
     assert adaptation.arrived(now, state).tolist() == [True, True, False, False]
     assert adaptation.arrived(now - 10, state).tolist() == [True, True, True, False]

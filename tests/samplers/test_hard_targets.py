@@ -8,7 +8,8 @@ import torch
 
 from tests.hard_targets import banana, funnel, funnel_noncentred, measure, rotated_gaussian
 
-RUNS = {"hmc": (8, 300, 300), "nuts": (8, 200, 120), "chees": (32, 200, 80)}
+# Chains, warm-up, draws, and bounds on the trajectories, which long ones in a funnel's neck would make dear.
+RUNS = {"hmc": (4, 150, 200, {}), "nuts": (4, 100, 100, {"max_depth": 5}), "chees": (32, 100, 60, {"num_steps": 64})}
 
 
 def test_known_moments_are_those_of_exact_draws():
@@ -39,45 +40,55 @@ def test_known_moments_are_those_of_exact_draws():
     assert float(eigenvalues[-1] / eigenvalues[0]) == pytest.approx(1e4, rel=1e-6)
 
 
+def run(make, sampler, seed):
+    *counts, settings = RUNS[sampler]
+    return measure(make(), sampler, *counts, seed=seed, **settings)
+
+
 @pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees"])
 def test_the_funnel_is_missed_and_said_to_be(sampler):
     """No step size suits both mouth and neck: the run warns, and low E-BFMI or divergences say why."""
-    found = measure(funnel(), sampler, *RUNS[sampler], seed=1)
+    found = run(funnel, sampler, seed=1)
     assert found.warned
     assert found.divergences > 0 or found.e_bfmi < 0.3
-    assert found.rhat > 1.01 or found.ess < 400
+    assert found.rhat > 1.05
+    assert found.ess < 100
+    assert (found.draws[..., 0] < -4.5).mean() < 0.06  # of probability 0.067
 
 
 @pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees"])
 def test_the_same_law_in_other_coordinates_is_easy(sampler):
     """Three moments at 4 errors for three samplers: a false alarm for 1 in 1700 seeds; nothing is warned of."""
-    found = measure(funnel_noncentred(), sampler, *RUNS[sampler], seed=2)
+    found = run(funnel_noncentred, sampler, seed=1)
     assert found.z < 4
     assert found.divergences == 0
-    assert found.e_bfmi > 0.5
+    assert found.e_bfmi > 0.3
     assert not found.warned
 
 
+def test_a_diagonal_metric_on_the_rotated_gaussian_shows_in_the_diagnostics():
+    """Condition 1e4, d = 50, in a random basis: trajectories of 16 steps cannot cross it, and the run says so."""
+    found = measure(rotated_gaussian(), "hmc", 8, 60, 60, seed=3, num_steps=16)
+    assert found.warned
+    assert found.rhat > 1.05
+    assert found.ess < 100
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "settings"), [("nuts", {"metric": "dense"}), ("chees", {})])
 def test_the_rotated_gaussian_is_right_under_a_dense_metric(sampler, settings):
     """Condition 1e4, d = 50, 100 moments at 4.6 errors: a false alarm for 1 in 2400 seeds."""
-    chains = {"nuts": (16, 200, 60), "chees": (64, 200, 40)}[sampler]
-    found = measure(rotated_gaussian(), sampler, *chains, seed=3, **settings)
+    counts = {"nuts": (16, 300, 150), "chees": (64, 300, 100)}[sampler]
+    found = measure(rotated_gaussian(), sampler, *counts, seed=3, **settings)
     assert found.z < 4.6
     assert found.divergences == 0
-
-
-def test_a_diagonal_metric_on_the_rotated_gaussian_shows_in_the_diagnostics():
-    """Trajectories of 16 steps cannot cross it: R-hat or the effective sample size say so."""
-    found = measure(rotated_gaussian(), "hmc", 8, 150, 100, seed=3, num_steps=16)
-    assert found.warned
-    assert found.rhat > 1.05 or found.ess < 100
+    assert not found.warned
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["hmc", "nuts", "chees"])
 def test_the_banana_is_right_or_said_to_be_wrong(sampler):
-    """Five moments of a bent law with long arms, 4 errors."""
-    runs = {"hmc": (8, 500, 2000), "nuts": (8, 500, 600), "chees": (64, 500, 200)}
-    found = measure(banana(), sampler, *runs[sampler], seed=1)
-    assert found.z < 4 or found.warned
+    """Five moments of a bent law with long arms, at 4.5 errors for three samplers."""
+    counts = {"hmc": (8, 500, 2000), "nuts": (8, 500, 600), "chees": (64, 500, 200)}[sampler]
+    found = measure(banana(), sampler, *counts, seed=1)
+    assert found.z < 4.5 or found.warned

@@ -171,7 +171,7 @@ def test_dense_metric_handles_a_rotated_ill_conditioned_gaussian():
 
 
 def test_acceptance_comes_near_the_target():
-    """The mean over three runs. For 0.7 it comes out near 0.79, give or take 0.015, since the averaged steps are small."""
+    """The mean over three runs. For 0.7 it comes out near 0.79, give or take 0.015: averaged step sizes are small."""
     for target in (0.7, 0.95):
         settings = {"num_warmup": 300, "num_draws": 60, "num_steps": 8, "target_accept": target}
         runs = [hmc.run(normal, numbers(16, 10), seed=seed, **settings) for seed in range(3)]

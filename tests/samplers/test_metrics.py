@@ -9,7 +9,7 @@ from arviz_stats.base import array_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayesdl.samplers import _low_rank, adaptation, nuts
+from bayesdl.samplers import _low_rank, adaptation, chees, nuts
 from bayesdl.samplers.base import value_and_grad
 from bayesdl.samplers.hamiltonian import (
     Metric,
@@ -279,3 +279,42 @@ def test_sampling_under_each_metric_gives_the_covariance(kind):
     means = q.mean((0, 1)) / array_stats.mcse(q, **axes)
     variances = ((q**2).mean((0, 1)) - covariance.diagonal().numpy()) / array_stats.mcse(q**2, **axes)
     assert np.abs([means, variances]).max() < 4.2
+
+
+def spiked(dim, spikes):
+    """A Gaussian of unit variance but in a few random directions: log density, directions (dim, k), variances (k)."""
+    variances = torch.tensor(spikes, dtype=torch.float64)
+    directions = torch.linalg.qr(numbers(dim, len(spikes), seed=9))[0]
+    return (
+        lambda q: -0.5 * (q.square().sum(-1) + ((1 / variances - 1) * (q @ directions).square()).sum(-1)),
+        directions,
+        variances,
+    )
+
+
+def test_chees_above_500_coordinates_takes_a_low_rank_metric_and_keeps_the_floor():
+    """Standard deviations 20 and 0.1 among 520 ones: with the metric a dozen steps at most, and a T of a few units.
+
+    The variances along both directions and along ten others lie within 4.2 errors: a false alarm for 1 in 3100 seeds.
+    """
+    log_density, directions, variances = spiked(520, [400.0, 0.01])
+    run = chees.run(log_density, 0.5 * numbers(32, 520, seed=2), num_warmup=100, num_draws=60, seed=4)
+    assert run.inverse_mass.shape == (520,)
+    assert 1.2 < float(run.trajectory_length) < 6
+    assert float(run.stats["num_steps"].double().mean()) < 16
+    along = torch.cat([run.draws @ directions, run.draws[..., :10]], -1).numpy()
+    # of the coordinates: 1 + sum of u_i^2 (variance - 1)
+    wanted = np.concatenate([variances, (1 + (directions[:10].square() * (variances - 1)).sum(-1))])
+    error = array_stats.mcse(along**2, chain_axis=0, draw_axis=1, method="mean")
+    assert np.abs(((along**2).mean((0, 1)) - wanted) / error).max() < 4.2
+
+
+def test_nuts_with_a_low_rank_metric_needs_short_trees():
+    """Such a target with four chains: trees of 15 steps or so, at a condition number of 200."""
+    log_density, directions, variances = spiked(100, [400.0, 0.01])
+    start = 0.5 * numbers(4, 100, seed=2)
+    run = nuts.run(log_density, start, num_warmup=100, num_draws=40, metric="low-rank", seed=4)
+    assert run.inverse_mass.shape == (100,)
+    assert float(run.stats["num_steps"].double().mean()) <= 15
+    along = (run.draws @ directions).var((0, 1))
+    torch.testing.assert_close(along, variances, rtol=0.5, atol=0)

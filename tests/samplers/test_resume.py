@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bayesdl import _storage
-from bayesdl.samplers import _checkpoint, chees, cyclical, hmc, nuts, sghmc, sgld
+from bayesdl.samplers import _checkpoint, chees, cyclical, hmc, mams, mclmc, meads, nuts, sghmc, sgld
 from bayesdl.samplers._checkpoint import unpack
 
 MINIBATCH: dict[str, Any] = {"num_data": 40, "batch_size": 9, "step_size": 0.02}
@@ -26,6 +26,9 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "hmc": (hmc, {"num_steps": 5, "metric": "dense"}),
     "nuts": (nuts, {"max_depth": 4}),
     "chees": (chees, {"max_steps": 20}),
+    "mams": (mams, {"max_steps": 20}),
+    "mclmc": (mclmc, {}),
+    "meads": (meads, {}),
     "sghmc": (sghmc, MINIBATCH),
     "sgld": (sgld, MINIBATCH),
     "cyclical": (cyclical, {**MINIBATCH, "num_cycles": 4}),
@@ -44,14 +47,14 @@ def banana(q, rows=None):
 
 
 def run_of(name, length, **more):
-    """A run of three chains: `length` transitions of warm-up and as many of sampling."""
+    """A run of a few chains: `length` transitions of warm-up and as many of sampling."""
     module, settings = RUNS[name]
     if name == "cyclical":
         draws = {"cycle_length": length // 4, "draws_per_cycle": length // 20}
     else:
         draws = {"num_draws": length // 2, "thin": 2}
     settings = {"num_warmup": length, **settings, **draws, **more}
-    return module.run(banana, numbers(3, 3, seed=1), seed=7, **settings)
+    return module.run(banana, numbers(16 if name == "meads" else 3, 3, seed=1), seed=7, **settings)
 
 
 def live(name: str, length: int, folder: str, marks: str) -> None:

@@ -166,11 +166,11 @@ def test_moves_leave_the_tempered_law_as_it_is():
 # ---- log evidence ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dim", "metric"), [(2, "auto"), (6, "diagonal"), (20, "auto")])
+@pytest.mark.parametrize(("dim", "metric"), [(2, "auto"), (6, "diagonal")])
 def test_log_evidence_of_a_gaussian(dim, metric):
     """The integral of a rotated, shifted, unnormalised Gaussian, within 4 standard errors and within 0.4.
 
-    16 islands: Student-t of 15 degrees of freedom, beyond 4 errors in 1 of 860 cases, three cases.
+    16 islands: Student-t of 15 degrees of freedom, beyond 4 errors in 1 of 860 cases, two cases.
     """
     log_density, integral = gaussian(numbers(dim, seed=1), rotated(dim, seed=2), height=3.7)
     found = smc.run(log_density, wide(dim, 2.0), num_particles=256, num_islands=16, metric=metric, seed=3)
@@ -199,19 +199,19 @@ def test_log_evidence_of_linear_regression_is_that_of_the_closed_form():
     assert abs(float(found.log_evidence) - wanted) < min(4 * float(found.log_evidence_error), 0.4)
 
 
-@pytest.mark.slow
 def test_log_evidence_is_not_biased_by_adaptation():
-    """20 coordinates, 256 particles, 64 islands: the mean log evidence is 4 errors from the truth at most.
+    """20 coordinates, 256 particles: the log evidence of 32 islands within 4 errors, which are below 0.1.
 
-    A metric from the particles that it moves, in place of that of other folds, is 1.5 too low here, 20 errors.
+    A metric from the very particles that it moves, in place of those of other folds, is 1.5 too low here. Student-t of
+    31 degrees of freedom: beyond 4 errors in 1 of 2700 seeds, two comparisons.
     """
     log_density, integral = gaussian(numbers(20, seed=1), rotated(20, seed=2))
-    found = smc.run(log_density, wide(20, 2.0), num_particles=256, num_islands=64, seed=8)
+    found = smc.run(log_density, wide(20, 2.0), num_particles=256, num_islands=32, seed=8)
     each = found.island_log_evidence
     # the mean of logs lies half their variance below the log of the mean
     error = float(each.mean() + 0.5 * each.var() - integral)
-    assert abs(error) < 4 * float(each.std()) / 8
-    assert abs(float(found.log_evidence) - integral) < 4 * float(found.log_evidence_error)
+    assert abs(error) < 4 * float(each.std()) / 32**0.5 < 0.4
+    assert abs(float(found.log_evidence) - integral) < 4 * float(found.log_evidence_error) < 0.4
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_agrees_with_the_reference_draws(data_dir, name):
 
     32 comparisons, beyond 4 errors in about 1 of 3000 each: a false alarm for 1 % of seeds; the seed is fixed.
     """
-    compare(data_dir, name, 12, 64)
+    compare(data_dir, name, 12, 64 if name.startswith("eight") else 32)
 
 
 @pytest.mark.slow
