@@ -74,8 +74,9 @@ def contenders(name: str, n: int) -> dict[str, Any]:
     steps = passes * n // BATCH
     thin = max(1, steps // 2 // 200)
     stochastic = {"num_chains": CHAINS, "num_warmup": steps // 2, "num_draws": 200, "thin": thin, "batch_size": BATCH}
+    half = passes // 2 // 96  # transitions: a trajectory of at most 128 steps has 96 on average
     return {
-        "HMC": bdl.HMC(NETWORK, num_chains=CHAINS, num_warmup=200, num_draws=400, num_steps=128, max_gradients=passes),
+        "HMC": bdl.HMC(NETWORK, num_chains=CHAINS, num_warmup=half, num_draws=half, num_steps=128),
         "SGHMC": bdl.SGHMC(NETWORK, **stochastic),
         "SGLD": bdl.SGLD(NETWORK, **stochastic),
         "CyclicalSGMCMC": cyclical(steps),
@@ -120,7 +121,7 @@ def scores(posterior: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
         "ess_bulk": f"{found['ess_bulk']:.0f}" if "ess_bulk" in found else "",
         "acceptance_rate": f"{found['acceptance_rate']:.3f}" if "acceptance_rate" in found else "",
         "divergences": found.get("divergences", ""),
-        "num_gradients": found["num_gradients"],
+        "num_gradients": round(found["num_gradients"]),
     }
 
 

@@ -25,7 +25,8 @@ from bayesdl.distributions.improvement import (
 )
 from bayesdl.errors import SettingError, fail
 from bayesdl.interop._botorch_laws import is_regression
-from bayesdl.interop._botorch_models import GaussianModel, MemberModel
+from bayesdl.interop._botorch_member_model import MemberModel
+from bayesdl.interop._botorch_models import GaussianModel
 
 _CHUNK = 2**22  # numbers of one (S, S, noise) block: 32 MB in float64
 

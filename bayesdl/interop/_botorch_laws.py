@@ -90,7 +90,7 @@ class _GP(Law):
         k_xs, inner = p._cross(p._inputs("to_botorch", x))
         k_ss = p._model.kernel(inner, params=p._kernel_values())
         mean, covariance = ops.joint_moments(p._state, k_xs, k_ss)
-        return _outward(p, mean + p._prior_mean(inner), _raised(covariance, k_ss))
+        return _outward(p, mean + p._prior_mean(inner), raised(covariance, k_ss))
 
 
 class _MatrixFree(Law):
@@ -118,7 +118,7 @@ class _MatrixFree(Law):
         known = w.mT @ (k.detach() - torch.cat([s.remainder for s in solved], -1))
         half = w.mT @ k
         covariance = k_ss - half - half.mT + 0.5 * (known + known.mT)
-        return mean, _raised(covariance, k_ss)
+        return mean, raised(covariance, k_ss)
 
 
 class _Inducing(Law):
@@ -134,7 +134,7 @@ class _Inducing(Law):
         a, inner = p._whitened(p._inputs("to_botorch", x))
         k_ss = p._model.kernel(inner, params=p._kernel_values())
         own = p._spread_root @ a.unsqueeze(-3)  # (..., K, L, m, q)
-        covariance = _raised((k_ss - a.mT @ a).unsqueeze(-3) + own.mT @ own, k_ss.unsqueeze(-3))
+        covariance = raised((k_ss - a.mT @ a).unsqueeze(-3) + own.mT @ own, k_ss.unsqueeze(-3))
         mean = p._mean @ a + p._prior_mean(inner)
         return _outward(p, mean.flatten(-3, -2), covariance.flatten(-4, -3))
 
@@ -206,7 +206,7 @@ class _FixedNoiseMixture(_Matched):
         gain = ((weight * v).unsqueeze(-1) * share).sum(-2).unsqueeze(-1)
         prior = (weight * v).sum(-1)[..., None, None] * k_ss
         covariance = prior - along.mT @ (gain * along) + spread @ spread.mT
-        return _outward(p, mean + p._gp._prior_mean(inner), _raised(covariance, prior))
+        return _outward(p, mean + p._gp._prior_mean(inner), raised(covariance, prior))
 
     def _inner_noise(self) -> Tensor:
         return self.posterior._noise
@@ -306,7 +306,7 @@ def ungrouped(value: Tensor, num_outputs: int) -> Tensor:
     return value.reshape(*value.shape[:-2], num_outputs, -1).mT
 
 
-def _raised(covariance: Tensor, prior: Tensor) -> Tensor:
+def raised(covariance: Tensor, prior: Tensor) -> Tensor:
     """With a diagonal of at least what rounding leaves of the prior variance."""
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     floor = _FLOOR * prior.detach().diagonal(dim1=-2, dim2=-1)

@@ -1,11 +1,10 @@
-"""Posteriors as models of BoTorch: joint draws of members, a Gaussian, or several posteriors side by side."""
+"""Posteriors as models of BoTorch: what all views share, and the Gaussian one."""
 
 from __future__ import annotations
 
 import abc
 import copy
-import warnings
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from botorch.acquisition.objective import PosteriorTransform
@@ -18,10 +17,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bayesdl import _checks, ops
-from bayesdl._random import child_seeds
-from bayesdl.errors import NumericalError, NumericalWarning, SettingError, ShapeError, fail
+from bayesdl.errors import NumericalError, ShapeError, fail
 from bayesdl.interop._botorch_answers import GaussianAnswer, MemberAnswer
-from bayesdl.interop._botorch_laws import Law, Members, _raised, grouped, is_regression, ungrouped
+from bayesdl.interop._botorch_laws import Law, grouped, is_regression, raised, ungrouped
 from bayesdl.posterior import Posterior
 
 Noise = bool | Tensor
@@ -242,20 +240,20 @@ class GaussianModel(SurrogateModel):
 
     def predictive(self, X: Tensor) -> Distribution:
         """The marginal law of f at each point, (*t, q, m): Student-t or a mixture where that is what it is."""
-        x = _as_trained(self._source, X)
+        x = as_trained(self._source, X)
         mean, covariance, surprise = self._moments(x)
         deviation = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
         mean, deviation = (ungrouped(t, self._num_all_outputs).to(X.dtype) for t in (mean, deviation))
         return self._law.marginal(mean, deviation, surprise, self._num_seen())
 
     def _answer(self, x: Tensor, noise: Noise) -> GaussianAnswer:
-        inner = _as_trained(self._source, x)
+        inner = as_trained(self._source, x)
         mean, covariance, surprise = self._moments(inner)
         scale = self._law.mean_scale(surprise, self._num_seen())
-        covariance = covariance * (scale if isinstance(scale, float) else _positive_scale(scale).unsqueeze(-1))
+        covariance = covariance * (scale if isinstance(scale, float) else finite_scale(scale).unsqueeze(-1))
         outward = ungrouped(mean, self._num_all_outputs)
         if noise is not False:
-            variance = noise if isinstance(noise, Tensor) else _own_noise(self._law)
+            variance = noise if isinstance(noise, Tensor) else own_noise(self._law)
             added = grouped(variance.to(outward).expand_as(outward), self._law.num_groups)
             own = 1.0 if isinstance(noise, Tensor) else scale
             covariance = covariance + torch.diag_embed(added * own)
@@ -268,20 +266,20 @@ class GaussianModel(SurrogateModel):
             lead = () if seen is None else seen.y.shape[:-2]
             lead = torch.broadcast_shapes(x.shape[:-2], lead)
             return *self._law.joint(x.expand(*lead, *x.shape[-2:])), None
-        n, old = seen.x.shape[-2], _as_trained(self._source, seen.x)
+        n, old = seen.x.shape[-2], as_trained(self._source, seen.x)
         lead = torch.broadcast_shapes(x.shape[:-2], seen.y.shape[:-2])
         both = torch.cat([old.expand(*lead, *old.shape[-2:]), x.expand(*lead, *x.shape[-2:])], -2)
         mean, covariance = self._law.joint(both)
-        first, rest = _places(n, both.shape[-2], mean.shape[-1], mean.device)
-        noise = _conditioning_noise(self._law, seen)
-        chol = _factor(covariance[..., first, :][..., first] + torch.diag_embed(noise))
+        first, rest = places(n, both.shape[-2], mean.shape[-1], mean.device)
+        noise = conditioning_noise(self._law, seen)
+        chol = factor_of(covariance[..., first, :][..., first] + torch.diag_embed(noise))
         gap = grouped(seen.y, self._law.num_groups) - mean[..., first]
         cross = covariance[..., first, :][..., rest]
         half = torch.linalg.solve_triangular(chol, cross, upper=False)
         white = torch.linalg.solve_triangular(chol, gap.unsqueeze(-1), upper=False)
         mean = mean[..., rest] + (half.mT @ white).squeeze(-1)
         left = covariance[..., rest, :][..., rest]
-        return mean, _raised(left - half.mT @ half, left), white.square().sum((-2, -1))
+        return mean, raised(left - half.mT @ half, left), white.square().sum((-2, -1))
 
     def _num_seen(self) -> int:
         return 0 if self._seen is None else self._seen.x.shape[-2] * self._num_all_outputs // self._law.num_groups
@@ -290,145 +288,13 @@ class GaussianModel(SurrogateModel):
         return GaussianModel(self._source, self._law, new if self._seen is None else self._seen.join(new))
 
 
-class MemberModel(SurrogateModel):
-    r"""A posterior as S functions drawn from it, the same S whenever and wherever they are asked.
-
-    Conditioning moves every member f_s by Matheron's rule,
-
-        f_s(x) + C(x, X') (C(X', X') + R)^{-1} (Y' + e_s - f_s(X')),    e_s ~ N(0, R),
-
-    with the exact covariance C where the posterior is a Gaussian process, and else with that of the members, where the
-    rank of C is at most S - 1: keep the number of values well below S.
-
-    Args:
-        source: The posterior.
-        law: With C.
-        members: With the functions.
-        seed: Of e_s.
-    """
-
-    _WELL_BELOW: ClassVar[float] = 0.5
-
-    def __init__(
-        self, source: Posterior, law: Law, members: Members, seed: int, observed: Observations | None = None
-    ) -> None:
-        super().__init__()
-        self._source, self._law, self._members, self._seed, self._seen = source, law, members, seed, observed
-        exact = law.exact and isinstance(law.mean_scale(None, 0), float)
-        self.conditioning = ("exact" if exact else "kalman") if is_regression(source) else "none"
-        self._update = None if observed is None or observed.x.shape[-2] == 0 else self._weights()
-
-    @property
-    def sources(self) -> tuple[Posterior, ...]:
-        """The posterior."""
-        return (self._source,)
-
-    @property
-    def num_members(self) -> int:
-        """S."""
-        return self._members.num_members
-
-    @property
-    def _observed(self) -> Observations | None:
-        return self._seen
-
-    @property
-    def _num_all_outputs(self) -> int:
-        return self._members.num_outputs
-
-    def _answer(self, x: Tensor, noise: Noise) -> MemberAnswer:
-        values = self._values(_as_trained(self._source, x))
-        if noise is False:
-            return MemberAnswer(values, None)
-        variance = noise.to(values) if isinstance(noise, Tensor) else _own_noise(self._members)
-        return MemberAnswer(values, variance.unsqueeze(-3))
-
-    def _values(self, x: Tensor) -> Tensor:
-        """(..., S, q, m)."""
-        if self._seen is None:
-            return self._members.values(x)
-        lead = torch.broadcast_shapes(x.shape[:-2], self._seen.y.shape[:-2])
-        values = self._members.values(x)
-        if self._update is None:
-            return values.expand(*lead, *values.shape[-3:])
-        cross = self._cross(x, values)  # (..., g, p', p)
-        moved = self._update[0].movedim(-2, -3) @ cross  # (..., g, S, p)
-        return values + ungrouped(moved.movedim(-3, -2), self._num_all_outputs)
-
-    def _weights(self) -> tuple[Tensor, Tensor]:
-        """(C + R)^{-1} (Y' + e_s - f_s(X')), (*e, S, g, p'), and the members' deviations (*c, S, g, p')."""
-        seen, groups, num = self._seen, self._law.num_groups, self.num_members
-        if not self._law.closed_form:
-            self._check_rank(seen.x.shape[-2] * self._num_all_outputs)
-        old = _as_trained(self._source, seen.x)
-        values = grouped(self._members.values(old), groups)
-        deviation = values - values.mean(-3, keepdim=True)
-        if self._law.closed_form:
-            covariance = self._law.joint(old)[1] * self._typical_scale()
-        else:
-            spread = deviation.movedim(-3, -2)
-            covariance = spread.mT @ spread / num
-        noise = _conditioning_noise(self._members, seen, groups)  # (..., g, p')
-        chol = _factor(covariance + torch.diag_embed(noise))
-        errors = grouped(self._errors(seen), groups) * noise.sqrt().unsqueeze(-3)
-        gap = grouped(seen.y, groups).unsqueeze(-3) + errors - values  # (*e, S, g, p')
-        solved = torch.cholesky_solve(gap.movedim(-3, -1), chol)  # (*e, g, p', S)
-        return solved.movedim(-1, -3), deviation
-
-    def _cross(self, x: Tensor, values: Tensor) -> Tensor:
-        """C(X', x), (..., g, p', p)."""
-        groups, seen = self._law.num_groups, self._seen
-        if not self._law.closed_form:
-            there = grouped(values, groups)
-            there = (there - there.mean(-3, keepdim=True)).movedim(-3, -2)
-            here = self._update[1].movedim(-3, -2)
-            return here.mT @ there / self.num_members
-        n, old = seen.x.shape[-2], _as_trained(self._source, seen.x)
-        lead = torch.broadcast_shapes(x.shape[:-2], old.shape[:-2])
-        both = torch.cat([old.expand(*lead, *old.shape[-2:]), x.expand(*lead, *x.shape[-2:])], -2)
-        covariance = self._law.joint(both)[1] * self._typical_scale()
-        first, rest = _places(n, both.shape[-2], covariance.shape[-1], x.device)
-        return covariance[..., first, :][..., rest]
-
-    def _typical_scale(self) -> Tensor | float:
-        scale = self._law.mean_scale(None, 0)
-        return scale if isinstance(scale, float) else _positive_scale(scale).unsqueeze(-1)
-
-    def _errors(self, seen: Observations) -> Tensor:
-        """Standard normal numbers (S, n, m) of mean 0 over members; those of a point do not depend on later points."""
-        n, m = seen.y.shape[-2:]
-        columns = []
-        for seed in child_seeds(self._seed, n):
-            g = torch.Generator(seen.y.device).manual_seed(seed)
-            shape = (self.num_members, m)
-            columns.append(torch.randn(shape, generator=g, dtype=torch.float64, device=seen.y.device))
-        e = torch.stack(columns, -2)
-        return e - e.mean(0)
-
-    def _check_rank(self, num_values: int) -> None:
-        if self.num_members == 1:
-            fix = "an ensemble of several members, or a sampler"
-            wanted = "one member has no spread that observations could act on."
-            fail(SettingError, "condition_on_observations", wanted, got="num_members=1", fix=fix)
-        if num_values > self._WELL_BELOW * self.num_members:
-            message = (
-                f"condition_on_observations: {num_values} values for {self.num_members} members, whose covariance has "
-                f"rank {self.num_members - 1} at most; the update is unreliable: use more members "
-                "(num_samples=...), or fit again"
-            )
-            warnings.warn(message, NumericalWarning, stacklevel=5)
-
-    def _conditioned(self, new: Observations) -> MemberModel:
-        seen = new if self._seen is None else self._seen.join(new)
-        return MemberModel(self._source, self._law, self._members, self._seed, seen)
-
-
-def _as_trained(source: Posterior, x: Tensor) -> Tensor:
+def as_trained(source: Posterior, x: Tensor) -> Tensor:
     """x in the dtype in which the posterior was trained."""
     return x.to(source._data.x.dtype)
 
 
-def _own_noise(law: Law) -> Tensor:
+def own_noise(law: Law) -> Tensor:
+    """`law.noise_variance`, or an UnsupportedError that says why there is none."""
     noise = law.noise_variance
     if noise is None:
         raise UnsupportedError(
@@ -438,10 +304,10 @@ def _own_noise(law: Law) -> Tensor:
     return noise
 
 
-def _conditioning_noise(law: Law, seen: Observations, num_groups: int | None = None) -> Tensor:
+def conditioning_noise(law: Law, seen: Observations, num_groups: int | None = None) -> Tensor:
     """Variance of each value's noise at scale 1, (..., g, p')."""
     groups = law.num_groups if num_groups is None else num_groups
-    own = _own_noise(law)
+    own = own_noise(law)
     if seen.noise is None:
         return grouped(own.expand(*own.shape[:-2], *seen.y.shape[-2:]), groups)
     scale = law.mean_scale(None, 0)
@@ -451,7 +317,8 @@ def _conditioning_noise(law: Law, seen: Observations, num_groups: int | None = N
     return torch.where(given.isnan(), usual, given)
 
 
-def _positive_scale(scale: Tensor) -> Tensor:
+def finite_scale(scale: Tensor) -> Tensor:
+    """`scale`, or a NumericalError where it is infinite."""
     if not bool(torch.isfinite(scale).all()):
         wanted = "the Gaussian view needs a finite variance."
         got = "a scale mixture with two degrees of freedom or fewer"
@@ -459,7 +326,8 @@ def _positive_scale(scale: Tensor) -> Tensor:
     return scale
 
 
-def _factor(covariance: Tensor) -> Tensor:
+def factor_of(covariance: Tensor) -> Tensor:
+    """Lower Cholesky factor, with the jitter that it needs, or a NumericalError where none suffices."""
     factor, _, failed = ops.cholesky(covariance)
     if bool(failed.any()):
         wanted = "the covariance of what is conditioned on must be positive definite."
@@ -467,7 +335,7 @@ def _factor(covariance: Tensor) -> Tensor:
     return factor
 
 
-def _places(n: int, total: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def places(n: int, total: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the first n of `total` points stand in a group of width / total outputs, and where the others do."""
     order = torch.arange(width, device=device).reshape(-1, total)
     return order[:, :n].reshape(-1), order[:, n:].reshape(-1)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,12 @@ def _database(url: str) -> BaseStorage:
         url = "postgresql+psycopg://" + url.partition("://")[2]
     try:
         with lock:
-            return optuna.storages.get_storage(persist(lambda: RDBStorage(url, engine_kwargs=engine), patience=10))
+            database = persist(lambda: RDBStorage(url, engine_kwargs=engine), patience=10)
     except (ImportError, ModuleNotFoundError) as error:
         fix = 'pip install "psycopg[binary]" for PostgreSQL'
         fail(StorageError, "storage", "the database needs its driver.", got=str(error).splitlines()[0], fix=fix)
+    weakref.finalize(database, database.engine.dispose)  # closes what connections are left when nobody needs them
+    return optuna.storages.get_storage(database)
 
 
 class _WholeLines(JournalFileBackend):

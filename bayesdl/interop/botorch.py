@@ -26,8 +26,9 @@ from bayesdl.interop._botorch_acquisition import (
 )
 from bayesdl.interop._botorch_fused import FusedModel
 from bayesdl.interop._botorch_laws import Members, law_of
+from bayesdl.interop._botorch_member_model import MemberModel
 from bayesdl.interop._botorch_members import MemberPosterior, MemberSampler
-from bayesdl.interop._botorch_models import GaussianModel, MemberModel, SurrogateModel
+from bayesdl.interop._botorch_models import GaussianModel, SurrogateModel
 from bayesdl.interop._botorch_paths import thompson_maxima
 from bayesdl.posterior import Posterior
 

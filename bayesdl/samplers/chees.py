@@ -148,8 +148,6 @@ def run(
         NumericalError: `log_density` is nowhere finite at the start of a group, or not for all chains after warm-up.
 
     Cost: about T / (2 eps) gradients a transition; in warm-up O(C D^2) besides, O(D^3) a window, for D <= 500.
-
-    Reference: Hoffman, Radul, Sountsov (2021), AISTATS.
     """
     _checks.at_least("chees.run", "max_steps", max_steps, 1, integer=True)
     _checks.choice("chees.run", "metric", metric, ("auto", "diagonal", "dense", "low-rank", "identity"))
@@ -157,11 +155,10 @@ def run(
     kind = _metric_for(initial, num_warmup, inverse_mass) if metric == "auto" else metric
     evaluate = value_and_grad(log_density, chain_batch=chain_batch, compile=compile)
     tuner = _TrajectoryTuner(fixed_start=trajectory_length is not None)
-    count, whole = adaptation.count_chains(initial), _whole(initial)
-    plan = Plan(num_warmup, target_accept, kind, step_size, inverse_mass, _harmonic_mean, tuner, whole, count)
+    plan = Plan(num_warmup, target_accept, kind, step_size, inverse_mass, _harmonic_mean, tuner, *_extent(initial))
     settings = {"max_steps": max_steps, "trajectory_length": trajectory_length}
-    move, make_parameters = _moves(evaluate, max_steps), _parameters_from(trajectory_length)
-    program = Adapted("chees.run", evaluate, move, plan, settings, make_parameters)
+    move, make = _moves(evaluate, max_steps), _parameters_from(trajectory_length)
+    program = Adapted("chees.run", evaluate, move, plan, settings, make)
     result, carry = drive(
         "chees.run",
         program,
@@ -176,9 +173,9 @@ def run(
         checkpoint=checkpoint,
         max_gradients=max_gradients,
     )
-    metric, length = carry.parameters.metric, carry.parameters.trajectory_length
     warn_of_stuck_chains("chees.run", result)
-    return result._replace(inverse_mass=metric.reported(), trajectory_length=length)
+    _, found, length = carry.parameters
+    return result._replace(inverse_mass=found.reported(), trajectory_length=length)
 
 
 def _parameters_from(trajectory_length: float | Tensor | None) -> Callable[[Tensor, Metric], Parameters]:
@@ -353,6 +350,11 @@ def _halton(i: int) -> float:
     while i:
         value, weight, i = value + weight * (i & 1), weight / 2, i >> 1
     return value
+
+
+def _extent(initial: Any) -> tuple[bool, int]:
+    """Whether covariances are kept whole, and the number of chains."""
+    return _whole(initial), adaptation.count_chains(initial)
 
 
 def _whole(initial: Any) -> bool:

@@ -210,7 +210,7 @@ def run(
 
 
 _HASTE = 100  # longest trajectory, in steps, before the last metric
-_FIRST = 5  # steps of the mean trajectory under the first step size, before anything is known of the target
+_FIRST = 3  # steps of the mean trajectory under the first step size, before anything is known of the target
 _TOLERANCE = 0.25  # energy error of one step that the search for a first step size crosses
 _MEMORY = 0.3  # T grows where an effectively independent draw takes more transitions than 1 over this
 _LEAST, _MOST = 1.0, 2.0  # what tuning may do to T, which is no less than a crossing

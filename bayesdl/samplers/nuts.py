@@ -206,14 +206,13 @@ def run(
         StorageError: `checkpoint` is damaged or no folder of a run.
         NumericalError: `log_density` is nowhere finite at the start of a group, or not for all chains after warm-up.
 
-    Cost: at most 2^max_depth gradients a transition, as many as the trajectory needs to turn.
+    Cost: at most 2^max_depth gradients a transition, in the first windows of warm-up 63.
 
     Reference: Hoffman & Gelman (2014), arXiv 1111.4246; Betancourt (2017), arXiv 1701.02434.
     """
     _checks.at_least("nuts.run", "max_depth", max_depth, 1, integer=True)
     _checks.inside("nuts.run", "max_depth", max_depth, 0, 21)
     evaluate = value_and_grad(log_density, chain_batch=chain_batch, compile=compile)
-
     num_chains = adaptation.count_chains(initial)
     early = _early(num_warmup, num_chains)
 

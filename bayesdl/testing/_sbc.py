@@ -3,6 +3,19 @@ r"""Simulation-based calibration: does a sampler draw from the posterior, on ave
 Draw theta from the prior and y from p(y | theta). Then theta is one more draw of the posterior given y, so that its
 rank among L independent draws of a right sampler is uniform on 0..L, whatever the model. A sampler whose draws are too
 narrow, too wide or shifted gives ranks that are not.
+
+    def prior(generator):
+        theta = torch.randn((), generator=generator, dtype=torch.float64)
+        y = theta + torch.randn(5, generator=generator, dtype=torch.float64)
+        return {"theta": theta}, y
+
+    def family(y):
+        def log_density(q):
+            return -0.5 * (q[..., 0].square() + (y.unsqueeze(-2) - q).square().sum(-1))
+        return bdl.LogDensity(log_density, dim=1, names=("theta",))
+
+    result = bdl.testing.sbc(bdl.testing.SampledDensity(family, sampler="nuts"), prior)
+    result.passed, result.table(), result.plot()
 """
 
 from __future__ import annotations
@@ -41,20 +54,7 @@ def sbc(
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> SBCResult:
-    r"""Rank known truths among posterior draws, `num_replications` times: uniform ranks mean that the draws are right.
-
-        def prior(generator):
-            theta = torch.randn((), generator=generator, dtype=torch.float64)
-            y = theta + torch.randn(5, generator=generator, dtype=torch.float64)
-            return {"theta": theta}, y
-
-        def family(y):
-            def log_density(q):
-                return -0.5 * (q[..., 0].square() + (y.unsqueeze(-2) - q).square().sum(-1))
-            return bdl.LogDensity(log_density, dim=1, names=("theta",))
-
-        result = bdl.testing.sbc(bdl.testing.SampledDensity(family, sampler="nuts"), prior)
-        result.passed, result.table(), result.plot()
+    """Rank known truths among posterior draws, `num_replications` times: uniform ranks mean that the draws are right.
 
     The draws of a chain are correlated, and correlated draws give ranks that are not uniform even where the sampler is
     right. Each replication therefore keeps evenly spaced draws, twice the autocorrelation time apart: half as many as
@@ -101,34 +101,48 @@ def sbc(
     _check_settings(num_replications, num_draws, batch_size, level)
     if batch_size is None and isinstance(engine, SampledDensity):
         batch_size = 1
-    simulate_root, fit_root, rank_root = child_seeds(seed, 3)
-    simulate = prior.simulate if hasattr(prior, "simulate") else prior
-    seeds = child_seeds(simulate_root, num_replications), child_seeds(rank_root, num_replications)
-    fit_seeds = child_seeds(fit_root, -(-num_replications // (batch_size or 1)))
     if hasattr(prior, "check"):
         prior.check(engine)
     ledger = _Ledger(checkpoint, engine, prior, num_draws, batch_size)
     bar = _bar(num_replications, progress)
-    parts = []
     try:
-        for i, start in enumerate(range(0, num_replications, batch_size or 1)):
-            stop = min(start + (batch_size or 1), num_replications)
-            simulated = [simulate(torch.Generator().manual_seed(s)) for s in seeds[0][start:stop]]
-            truth = _truth([theta for theta, _ in simulated])
-            part = ledger.read(start, stop, truth)
-            if part is None:
-                data = [d if isinstance(d, tuple) else (d,) for _, d in simulated]
-                draws = _posterior_draws(engine, prior, data, fit_seeds[i], batch_size)
-                part = _rank(truth, draws, seeds[1][start:stop], num_draws)
-                ledger.write(start, stop, truth, part)
-            parts.append(part)
-            bar.update(stop - start)
+        names, parts = _replicate(engine, prior, num_replications, num_draws, seed, batch_size, ledger, bar)
     finally:
         bar.close()
-    names = _flat_names(truth)
     result = SBCResult(names, *(torch.cat(column) for column in zip(*parts, strict=True)), level)
     _warn(result)
     return result
+
+
+def _replicate(
+    engine: Any,
+    prior: Any,
+    num_replications: int,
+    num_draws: int,
+    seed: Seed,
+    batch_size: int | None,
+    ledger: _Ledger,
+    bar: Any,
+) -> tuple[tuple[str, ...], list[_Part]]:
+    """Names of the quantities, and the ranks of one batch after another."""
+    simulate_root, fit_root, rank_root = child_seeds(seed, 3)
+    simulate, size = getattr(prior, "simulate", prior), batch_size or 1
+    seeds, rank_seeds = child_seeds(simulate_root, num_replications), child_seeds(rank_root, num_replications)
+    starts = range(0, num_replications, size)
+    parts: list[_Part] = []
+    for start, fit_seed in zip(starts, child_seeds(fit_root, len(starts)), strict=True):
+        stop = min(start + size, num_replications)
+        simulated = [simulate(torch.Generator().manual_seed(s)) for s in seeds[start:stop]]
+        truth = _truth([theta for theta, _ in simulated])
+        part = ledger.read(start, stop, truth)
+        if part is None:
+            data = [d if isinstance(d, tuple) else (d,) for _, d in simulated]
+            draws = _posterior_draws(engine, prior, data, fit_seed, batch_size)
+            part = _rank(truth, draws, rank_seeds[start:stop], num_draws)
+            ledger.write(start, stop, truth, part)
+        parts.append(part)
+        bar.update(stop - start)
+    return _flat_names(truth), parts
 
 
 class _Part(NamedTuple):

@@ -19,8 +19,9 @@ from bayesdl import cli
 from bayesdl.bo import Float, Study, Trial, minimize
 from bayesdl.bo._report import bound_share
 from bayesdl.errors import DataError, SettingError, StorageError
+from bayesdl.interop import _optuna_acquisition  # noqa: F401 (BoTorch draws from numpy's global state on import)
 
-ENGINE = bdl.ExactGP(bdl.GP(bdl.kernels.Scale(bdl.kernels.Matern(nu=2.5))), num_starts=1, max_iterations=20)
+ENGINE = bdl.ExactGP(bdl.GP(bdl.kernels.Matern(nu=2.5, lengthscale=2.0)), optimize=False)
 QUICK = {"engine": ENGINE, "num_startup": 4}
 SOBOL = {"engine": ENGINE, "num_startup": 10_000}
 BOX = [(0.0, 1.0), (-1.0, 1.0)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -225,14 +224,16 @@ def test_nothing_adapts_after_warmup(monkeypatch):
 
 
 def test_gradients_are_counted():
-    calls = itertools.count()
+    """The mean over chains, since chains travel by trees of unequal size; the check at the door is not one of them."""
+    rows = 0
 
     def counted(q):
-        next(calls)
+        nonlocal rows
+        rows += len(q)
         return banana(q)
 
     run = chees.run(counted, numbers(8, 3), num_warmup=40, num_draws=10)
-    assert run.num_gradients == next(calls) - 1
+    assert run.num_gradients == math.ceil(rows / 8 - 1)
 
 
 @pytest.mark.gpu

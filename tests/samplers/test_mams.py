@@ -248,14 +248,14 @@ def test_chain_among_many_equals_the_chain_alone(metric):
 @pytest.mark.parametrize(("groups", "metric"), [((3,), "diagonal"), ((2, 2), "dense")])
 def test_groups_in_one_run_equal_a_loop_over_them(groups, metric):
     scale, start = (0.5 * numbers(*groups, 3, seed=1)).exp(), numbers(*groups, 8, 3, seed=4)
-    settings = {"num_warmup": 40, "num_draws": 5, "metric": metric, "seed": 7, "max_steps": 12}
-    together = mams.run(lambda q: logistic(q / scale.unsqueeze(-2)), start, **settings)
+    settings = {"num_warmup": 24, "num_draws": 4, "metric": metric, "seed": 7, "max_steps": 4}
+    together = mams.run(lambda q: -0.5 * (q / scale.unsqueeze(-2)).square().sum(-1), start, **settings)
     assert together.step_size.unique().numel() == math.prod(groups)
     for place in np.ndindex(*groups):
         own = scale[place]
-        alone = mams.run(lambda q, own=own: logistic(q / own), start[place], **settings)
-        # Warm-up feeds the rounding of batched products back on itself.
-        torch.testing.assert_close(together.draws[place], alone.draws, rtol=1e-4, atol=1e-4)
+        alone = mams.run(lambda q, own=own: -0.5 * (q / own).square().sum(-1), start[place], **settings)
+        # Warm-up feeds the rounding of batched products back on itself, and long trajectories would amplify it.
+        torch.testing.assert_close(together.draws[place], alone.draws, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(together.trajectory_length[place], alone.trajectory_length, rtol=1e-6, atol=0)
 
 

@@ -130,4 +130,4 @@ def test_a_run_killed_three_times_gives_the_same_draws_and_repeats_nothing(name,
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(RUNS))
 def test_a_run_killed_twenty_times_gives_the_same_draws_and_repeats_nothing(name, tmp_path):
-    check_same(kill_and_resume(name, 400, 20, tmp_path, seed=2), run_of(name, 400))
+    check_same(kill_and_resume(name, 200, 20, tmp_path, seed=2), run_of(name, 200))

@@ -278,7 +278,7 @@ def test_agrees_with_the_reference_draws(data_dir, name):
 
     32 comparisons, beyond 4 errors in about 1 of 3000 each: a false alarm for 1 % of seeds; the seed is fixed.
     """
-    compare(data_dir, name, 12, 64 if name.startswith("eight") else 32)
+    compare(data_dir, name, 12, 64)
 
 
 @pytest.mark.slow
