@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -154,7 +153,6 @@ def main() -> None:
     results, tables = {}, []
     for model in arguments.models:
         for sampler in arguments.samplers:
-            began = time.process_time()
             found = sbc(
                 *PROBLEMS[model](sampler),
                 arguments.replications,
@@ -170,7 +168,6 @@ def main() -> None:
             table.insert(1, "sampler", sampler)
             table["replications"] = found.num_replications
             table["ranked_draws_median"] = int(found.num_ranked.median())
-            table["cpu_s"] = round(time.process_time() - began, 1)
             tables.append(table)
             print(table.drop(columns=["model", "sampler"]).round(4).to_string(index=False), flush=True)
             everything = pd.concat(tables).assign(**describe())

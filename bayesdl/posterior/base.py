@@ -100,9 +100,9 @@ class Posterior(abc.ABC):
         """A BoTorch `Model` of f: any acquisition function, gradients in x, t-batches.
 
         Args:
-            view: "gaussian" for a Gaussian process, exact where the posterior is one and of the same mean and covariance
-                otherwise; "samples" for joint draws, the same functions at every point; "auto" for the first where
-                it has formulas and the second where the posterior is a set of draws.
+            view: "gaussian" for a Gaussian process, exact where the posterior is one and of the same mean and
+                covariance otherwise; "samples" for joint draws, the same functions at every point; "auto" for the
+                first where it has formulas and the second where the posterior is a set of draws.
             num_samples: Functions of the view by samples at most.
             seed: Of their choice.
 
