@@ -191,20 +191,10 @@ def run(
     kind = _microcanonical_lengths.metric_for(initial, num_warmup, inverse_mass) if metric == "auto" else metric
     settings = {"max_steps": max_steps, "target_accept": target_accept, "metric": kind, "integrator": integrator}
     settings |= {"step_size": step_size, "inverse_mass": inverse_mass, "trajectory_length": trajectory_length}
-    result, carry = drive(
-        where,
-        _Program(evaluate, num_warmup, settings),
-        evaluate,
-        initial,
-        num_warmup=num_warmup,
-        num_draws=num_draws,
-        thin=thin,
-        seed=seed,
-        progress=progress,
-        description=description,
-        checkpoint=checkpoint,
-        max_gradients=max_gradients,
-    )
+    length: dict[str, Any] = {"num_warmup": num_warmup, "num_draws": num_draws, "thin": thin, "seed": seed}
+    length |= {"progress": progress, "description": description}
+    length |= {"checkpoint": checkpoint, "max_gradients": max_gradients}
+    result, carry = drive(where, _Program(evaluate, num_warmup, settings), evaluate, initial, **length)
     parameters = carry.parameters
     return result._replace(inverse_mass=parameters.metric.inverse_mass, trajectory_length=parameters.trajectory_length)
 

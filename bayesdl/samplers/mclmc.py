@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,23 +152,21 @@ def run(
 ) -> Run:
     r"""Adapt, then draw: `num_warmup` steps, then `num_draws * thin` with everything frozen.
 
-    A step is short, some tenth of what makes a draw independent, so there should be many, and `thin` of 5 or 10. The
-    groups of a run are independent, as in `hmc.run`. Chains of a group share the metric and, once they have travelled
-    by HMC from where they started, the step size and L. With `num_warmup=0` and a given step size a chain does not
-    depend on the others.
+    A step is some tenth of what makes a draw independent, so take many, and `thin` of 5 or 10. Groups are independent,
+    as in `hmc.run`. Chains of a group share the metric and, once they have travelled by HMC from where they started,
+    step size and L. With `num_warmup=0` and a given step size a chain does not depend on the others.
 
     Args:
         log_density: Unnormalised, unconstrained, differentiable and batched: (*g, C, D) to (*g, C), D of 2 or more.
         initial: Initial positions (*g, C, D); they set dtype and device.
-        num_warmup: Steps that adapt; not kept.
+        num_warmup: Steps that adapt.
         num_draws: Draws kept per chain.
         desired_energy_error: The mean of (dE)^2 / D per step that the step size is adapted to. The bias falls with its
             cube root; for a Gaussian of 20 coordinates the default makes variances 3 % too small.
         metric: "diagonal" or "dense", estimated from all chains; "identity" for none.
         integrator: "minimal-norm", two gradients a step, or "leapfrog", one gradient and shorter steps.
         step_size: Where the step size starts, a number or (*g); searched for when None.
-        inverse_mass: Where the inverse mass matrix starts, (*g, D), or (*g, D, D) for a dense metric; the identity
-            when None.
+        inverse_mass: Where the inverse mass matrix starts, (*g, D) or dense (*g, D, D); the identity when None.
         trajectory_length: L in units of whitened length, a number or (*g), kept as it is; tuned when None.
         thin: Keep every thin-th draw.
         seed: Every chain gets a stream of its own, the same whatever the number of chains.
@@ -180,9 +178,8 @@ def run(
         compile: Send value and gradient through torch.compile.
 
     Returns:
-        The run. Its statistics have "energy_error", (dE)^2 / D averaged over the steps since the draw before, and
-        "energy_change", the error of the last step; "energy" is NaN, for this sampler has no levels of energy between
-        which it would have to move. `trajectory_length` is L.
+        The run. Its statistics have "energy_error", (dE)^2 / D averaged over the steps since the draw before;
+        "energy" is NaN, for here are no levels of energy between which to move. `trajectory_length` is L.
 
     Raises:
         ShapeError, DtypeError: `initial` is no floating (*g, C, D) with D of 2 or more, or `log_density` gives no value
@@ -191,32 +188,22 @@ def run(
         StorageError: `checkpoint` is damaged or no folder of a run.
         NumericalError: `log_density` is nowhere finite at the start of a group, or not for all chains after warm-up.
 
-    Cost: two gradients a step; memory for the draws, C * num_draws * D numbers a group.
+    Cost: two gradients a step; memory for C * num_draws * D numbers a group.
 
     Reference: Robnik & Seljak (2023), arXiv 2303.18221.
     """
-    where = "mclmc.run"
+    where, metrics = "mclmc.run", ("diagonal", "dense", "identity")
     check_dimension(where, initial)
-    _checks.choice(where, "metric", metric, ("diagonal", "dense", "identity"))
+    _checks.choice(where, "metric", metric, metrics)
     _checks.choice(where, "integrator", integrator, tuple(SCHEMES))
     _checks.inside(where, "desired_energy_error", desired_energy_error, 0, math.inf)
     evaluate = value_and_grad(log_density, chain_batch=chain_batch, compile=compile)
     settings = {"desired_energy_error": desired_energy_error, "metric": metric, "integrator": integrator}
     settings |= {"step_size": step_size, "inverse_mass": inverse_mass, "trajectory_length": trajectory_length}
-    result, carry = drive(
-        where,
-        _Program(evaluate, num_warmup, settings),
-        evaluate,
-        initial,
-        num_warmup=num_warmup,
-        num_draws=num_draws,
-        thin=thin,
-        seed=seed,
-        progress=progress,
-        description=description,
-        checkpoint=checkpoint,
-        max_gradients=max_gradients,
-    )
+    length: dict[str, Any] = {"num_warmup": num_warmup, "num_draws": num_draws, "thin": thin, "seed": seed}
+    length |= {"progress": progress, "description": description, "checkpoint": checkpoint}
+    length |= {"max_gradients": max_gradients}
+    result, carry = drive(where, _Program(evaluate, num_warmup, settings), evaluate, initial, **length)
     return result._replace(
         stats={**result.stats, "energy": torch.full_like(result.stats["energy"], torch.nan)},
         inverse_mass=carry.parameters.metric.inverse_mass,

@@ -453,6 +453,21 @@ def test_a_full_disk_is_reported_and_the_study_goes_on_later(kind, tmp_path):
     assert len(complete(study)) == before + 3
 
 
+def test_a_torn_line_of_a_journal_is_cut_off(tmp_path):
+    """A worker that died, or ran out of disk, in the middle of a line: the next one writes whole lines after it."""
+    path = tmp_path / "study.journal"
+    study = Study(SPACE, storage=path, cache=None, **SOBOL)
+    study.tell(study.ask(), 0.25)
+    whole = path.read_bytes()
+    for torn in (b'{"op_code":6,"worker_id":"tor', b"x" * 10_000):
+        path.write_bytes(path.read_bytes() + torn)
+        later = Study(SPACE, storage=path, cache=None, **SOBOL)
+        later.tell(later.ask(), 0.5)
+        assert torn not in path.read_bytes()
+        assert path.read_bytes().startswith(whole)
+    assert [t.values for t in Study(SPACE, storage=path, **SOBOL).trials] == [(0.25,), (0.5,), (0.5,)]
+
+
 def test_an_owner_is_known_by_process_and_start():
     """A process number that was given out again is not taken for its former owner."""
     me = workers.owner()

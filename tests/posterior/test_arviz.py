@@ -191,3 +191,34 @@ def test_every_function_of_arviz_works_on_chains():
     assert float(arviz_stats.ess(tree)["b"]) > 50
     nested = arviz_stats.rhat_nested(tree, superchain_ids=np.repeat(np.arange(4), 2))
     assert float(nested["a"]) < 1.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_leave_one_out_works_on_chains_of_a_density_that_knows_its_data():
+    """y_i ~ N(theta, 1), theta ~ N(0, 2): elpd by leave-one-out against the closed form."""
+    y = torch.tensor([0.3, -1.1, 0.8, 2.0, 0.1, -0.4], dtype=torch.float64)
+
+    def log_likelihood(q):
+        return {"y": torch.distributions.Normal(q, 1.0).log_prob(y)}
+
+    def predictive(q, *, seed):
+        g = torch.Generator().manual_seed(seed)
+        return {"y": q + torch.randn(*q.shape[:-1], 6, generator=g, dtype=torch.float64)}
+
+    density = bayesdl.LogDensity(
+        lambda q: -0.125 * q[..., 0] ** 2 - 0.5 * (y - q).square().sum(-1),
+        1,
+        ("theta",),
+        log_likelihood=log_likelihood,
+        predictive=predictive,
+        observed={"y": y},
+    )
+    tree = bayesdl.sample(density, num_chains=4, num_warmup=100, num_draws=300, num_steps=4, seed=1).to_arviz()
+    exact = 0.0
+    for i in range(6):
+        rest = y[torch.arange(6) != i]
+        variance = 1 / (0.25 + 5)
+        exact += stats.norm(float(rest.sum()) * variance, (1 + variance) ** 0.5).logpdf(float(y[i]))
+    assert float(arviz_stats.loo(tree).elpd) == pytest.approx(exact, abs=0.15)
+    assert arviz_stats.loo_pit(tree)["y"].shape == (6,)
+    np.testing.assert_array_equal(tree.observed_data["y"].values, y)
