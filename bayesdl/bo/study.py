@@ -41,7 +41,7 @@ class Trial:
 
     number: int
     params: Mapping[str, Any]
-    x: Any = field(repr=False)
+    x: Any = field(repr=False, compare=False)
     state: str = "running"
     values: tuple[float, ...] = ()
     constraints: Mapping[str, float] = field(default_factory=dict)
