@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +34,6 @@ NUM_CHAINS = 8
 NUM_WARMUP = 80 if QUICK else 150
 NUM_DRAWS = 50 if QUICK else 100
 NUM_TEST = 200 if QUICK else 500
-STEPS = 400 if QUICK else 2000
 ENSEMBLE_STEPS = 1000 if QUICK else 2000
 NUM_FUNCTIONS = 200
 
@@ -165,49 +163,6 @@ print(f"log evidence {exact.log_evidence:.2f}, bound with 20 inducing points {sp
 # %%
 checks = posteriors["network by HMC"].diagnostics
 print(f"HMC: R-hat {checks['rhat']:.3f}, effective draws {checks['ess_bulk']:.0f}, divergences {checks['divergences']}")
-
-# %% [markdown]
-# HMC looks at all of the data in every step. Where that is too much, three samplers go by minibatches. They never
-# reject a step, so what they give is biased, and a short run like this one is also not mixed: the ratio says how wide
-# their belief about f is at the data, against HMC's.
-
-# %%
-by_minibatches = [
-    ("SGHMC", bdl.SGHMC(bnn, num_warmup=STEPS, num_draws=50, thin=STEPS // 50, batch_size=30)),
-    ("SGLD", bdl.SGLD(bnn, num_warmup=STEPS, num_draws=50, thin=STEPS // 50, batch_size=30)),
-    ("cyclical SG-MCMC", bdl.CyclicalSGMCMC(bnn, 4, STEPS, 4, STEPS // 4, 12, batch_size=30)),
-]
-exact_width = posteriors["network by HMC"].predict(data.x, noise=False).stddev.mean()
-for name, engine in by_minibatches:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bdl.errors.ConvergenceWarning)
-        fitted = engine.fit(data.x, data.y, seed=0)
-    ratio = fitted.predict(data.x, noise=False).stddev.mean() / exact_width
-    print(f"{name:<18}sd of f / HMC's {ratio:.2f}, R-hat {fitted.diagnostics['rhat']:.2f}")
-
-# %% [markdown]
-# HMC needs to be told how long its trajectories are. `NUTS` lets each end where it turns back; `ChEES` lets many
-# chains learn one length for all; `MAMS` moves at unit speed, steered by the gradient; `MCLMC` does so without an
-# accept step, which leaves a small bias; `MEADS` keeps its momentum from step to step, and many chains tune one
-# another; `SMC` carries particles from the prior to the posterior and estimates the evidence on the way. On a smaller
-# network, for which a minute is plenty, they agree:
-
-# %%
-small_bnn = bdl.BNN(hidden=(6,), activation="tanh", prior=wiggly)
-samplers = [
-    ("HMC", bdl.HMC(small_bnn, NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, num_steps=32)),
-    ("NUTS", bdl.NUTS(small_bnn, NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, max_depth=5)),
-    ("ChEES", bdl.ChEES(small_bnn, 2 * NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, max_steps=32)),
-    ("MAMS", bdl.MAMS(small_bnn, 2 * NUM_CHAINS, NUM_WARMUP, NUM_DRAWS, max_steps=32)),
-    ("MCLMC", bdl.MCLMC(small_bnn, 2 * NUM_CHAINS, 10 * NUM_WARMUP, NUM_DRAWS, thin=10)),
-    ("MEADS", bdl.MEADS(small_bnn, 4 * NUM_CHAINS, 10 * NUM_WARMUP, NUM_DRAWS, thin=10)),
-    ("SMC", bdl.SMC(small_bnn, num_particles=NUM_DRAWS, num_islands=NUM_CHAINS)),
-]
-print("sd of f in the gap, effective draws and gradients per chain")
-for name, engine in samplers:
-    fitted = engine.fit(data.x, data.y, seed=0)
-    sd, run = fitted.predict(gap, noise=False).stddev.mean(), fitted.diagnostics
-    print(f"  {name:<6}{sd:6.2f}{run['ess_bulk']:7.0f}{run['num_gradients']:8d}")
 
 # %% [markdown]
 # ## What each believes

@@ -33,8 +33,8 @@ class ChEES:
         num_draws: Draws kept from each chain.
         max_steps: Longest trajectory, in leapfrog steps.
         target_accept: Harmonic mean of the acceptance rates that the step size aims at.
-        metric: "diagonal", "dense", "identity", or "auto": dense for at most 500 coordinates where the chains give
-            enough positions to estimate it.
+        metric: "diagonal", "dense", "low-rank", "identity", or "auto": dense for at most 500 coordinates where the
+            chains give enough positions to estimate it, else low-rank.
         thin: Keep every thin-th draw.
         standardize: Fit in standardised inputs and targets; everything comes back in the user's units.
         progress: Show a bar with step size, acceptance and divergences.
@@ -52,7 +52,7 @@ class ChEES:
     num_draws: int = 500
     max_steps: int = 1000
     target_accept: float = 0.651
-    metric: Literal["auto", "diagonal", "dense", "identity"] = "auto"
+    metric: Literal["auto", "diagonal", "dense", "low-rank", "identity"] = "auto"
     thin: int = 1
     standardize: bool = True
     progress: bool = False
@@ -63,7 +63,7 @@ class ChEES:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self, ("auto", "diagonal", "dense", "identity"), ("max_steps",))
+        check_settings(self, ("auto", "diagonal", "dense", "low-rank", "identity"), ("max_steps",))
 
     def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> DrawsPosterior | GPMixturePosterior:
         """Sample the posterior of the model given x (*b, n, d) and y (*b, n) or (*b, n, k).

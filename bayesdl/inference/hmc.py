@@ -33,7 +33,7 @@ class HMC:
         num_draws: Draws kept from each chain.
         num_steps: Longest trajectory, in leapfrog steps; lengths are uniform on [num_steps / 2, num_steps].
         target_accept: Acceptance rate that the step size aims at.
-        metric: "diagonal", "dense" (for at most a few hundred weights) or "identity".
+        metric: "diagonal", "dense" (for at most a few hundred weights), "low-rank" (for more) or "identity".
         thin: Keep every thin-th draw.
         standardize: Fit in standardised inputs and targets; everything comes back in the user's units.
         progress: Show a bar with step size, acceptance and divergences.
@@ -51,7 +51,7 @@ class HMC:
     num_draws: int = 500
     num_steps: int = 32
     target_accept: float = 0.8
-    metric: Literal["diagonal", "dense", "identity"] = "diagonal"
+    metric: Literal["diagonal", "dense", "low-rank", "identity"] = "diagonal"
     thin: int = 1
     standardize: bool = True
     progress: bool = False
@@ -62,7 +62,7 @@ class HMC:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self, ("diagonal", "dense", "identity"), ("num_steps",))
+        check_settings(self, ("diagonal", "dense", "low-rank", "identity"), ("num_steps",))
 
     def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> DrawsPosterior | GPMixturePosterior:
         """Sample the posterior of the model given x (*b, n, d) and y (*b, n) or (*b, n, k).

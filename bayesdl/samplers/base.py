@@ -48,7 +48,8 @@ class Run(NamedTuple):
             (doublings). A thinned run keeps the mean acceptance rate, whether any transition diverged, the sum of the
             steps and the greatest depth since the last kept draw.
         step_size: The frozen step size, (*g).
-        inverse_mass: The frozen inverse mass matrix, (*g, D) for a diagonal, (*g, D, D) for a dense one.
+        inverse_mass: The frozen inverse mass matrix, (*g, D) for a diagonal, (*g, D, D) for a dense one,
+            and of a low-rank one its diagonal.
         num_gradients: Gradient evaluations per chain: warm-up, the searches of the step size and sampling. For NUTS
             the mean over chains, rounded up, with those that a chain computes in vain beside longer trees.
         seconds: Wall-clock time of the whole run; of all its parts, where it was interrupted and resumed.

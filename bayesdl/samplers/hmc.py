@@ -67,7 +67,7 @@ def run(
     num_draws: int,
     num_steps: int = 32,
     target_accept: float = 0.8,
-    metric: Literal["diagonal", "dense", "identity"] = "diagonal",
+    metric: Literal["diagonal", "dense", "low-rank", "identity"] = "diagonal",
     step_size: float | Tensor | None = None,
     inverse_mass: Tensor | None = None,
     thin: int = 1,
@@ -94,7 +94,7 @@ def run(
         num_draws: Draws kept per chain.
         num_steps: Longest trajectory in leapfrog steps; lengths are uniform on ceil(num_steps / 2) .. num_steps.
         target_accept: Mean acceptance rate that the step size is adapted to, in (0, 1).
-        metric: "diagonal" or "dense", estimated from all chains; "identity" for none.
+        metric: "diagonal", "dense" or "low-rank", estimated from all chains; "identity" for none.
         step_size: Where the step size starts, a number or (*g); searched for when None.
         inverse_mass: Where the inverse mass matrix starts, (*g, D), or (*g, D, D) for a dense metric; the identity
             when None.
@@ -137,4 +137,4 @@ def run(
         checkpoint=checkpoint,
         max_gradients=max_gradients,
     )
-    return result._replace(inverse_mass=carry.parameters.metric.inverse_mass)
+    return result._replace(inverse_mass=carry.parameters.metric.reported())

@@ -1,5 +1,6 @@
 """Studies, `minimize` and the command line: what a user asks, tells, reads and is refused."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -351,22 +352,34 @@ def test_wrong_requests_say_what_to_change_and_exit_with_2(text, argv, says, tmp
     assert says in capsys.readouterr().err
 
 
-def _command(problem, *argv, nap="0.2"):
-    environment = {**os.environ, "NAP": nap, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bdl.__file__).parents[1])}
-    command = [sys.executable, "-m", "bayesdl", "optimize", str(problem), "--startup", "99", "--quiet", *argv]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+@pytest.fixture
+def command(problem):
+    """The command line in a process group of its own, which ends with the test."""
+    started = []
+
+    def start(*argv, nap="0.2"):
+        root = str(Path(bdl.__file__).parents[1])
+        environment = {**os.environ, "NAP": nap, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+        words = [sys.executable, "-m", "bayesdl", "optimize", str(problem), "--startup", "99", "--quiet", *argv]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(words, env=environment, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield start
+    for run in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
 
 
 @pytest.mark.slow
-def test_workers_share_the_trials_and_a_killed_one_is_replaced(problem, tmp_path):
+def test_workers_share_the_trials_and_a_killed_one_is_replaced(command, tmp_path):
     """Two workers, of which one is killed: sixteen trials all the same, and no evaluation under way is lost."""
-    run = _command(problem, "--trials", "16", "--workers", "2")
+    run = command("--trials", "16", "--workers", "2")
     study = _wait_for_trials(tmp_path, 3)
     victims = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(victims[-1]), signal.SIGKILL)
-    said, complained = run.communicate(timeout=240)
+    said, complained = run.communicate(timeout=600)
     assert run.returncode == 0, complained
     assert "16 complete" in said
     assert sum(t.state == "complete" for t in study.trials) == 16
@@ -374,23 +387,23 @@ def test_workers_share_the_trials_and_a_killed_one_is_replaced(problem, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", ["1", "2"])
-def test_ctrl_c_stops_and_the_same_command_goes_on(problem, tmp_path, num_workers):
-    run = _command(problem, "--trials", "8", "--workers", num_workers, nap="0.5")
+def test_ctrl_c_stops_and_the_same_command_goes_on(command, tmp_path, num_workers):
+    run = command("--trials", "8", "--workers", num_workers, nap="0.5")
     study = _wait_for_trials(tmp_path, 2)
     os.killpg(run.pid, signal.SIGINT)
-    _, complained = run.communicate(timeout=120)
+    _, complained = run.communicate(timeout=300)
     assert run.returncode == 130, complained
     assert "the same command goes on" in complained
     assert not any(t.state == "running" for t in study.trials)
-    run = _command(problem, "--trials", "8", "--workers", num_workers, nap="0")
-    said, complained = run.communicate(timeout=240)
+    run = command("--trials", "8", "--workers", num_workers, nap="0")
+    said, complained = run.communicate(timeout=600)
     assert run.returncode == 0, complained
     assert "8 complete" in said
 
 
 def _wait_for_trials(folder, count):
     space = {"x": (-1.0, 1.0), "n": range(1, 4)}
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         if (folder / "problem.db").exists():
             study = Study(space, storage=folder / "problem.db", study_name="problem", cache=None, **SOBOL)
