@@ -43,6 +43,12 @@ def objective(point):
     return (point["x"] - 0.4) ** 2
 
 
+@pytest.fixture(autouse=True)
+def forgetful():
+    """Posteriors that other tests left in memory are forgotten, so that those on disk count."""
+    surrogates._IN_MEMORY.clear()
+
+
 @pytest.fixture(params=["sqlite", "journal", "postgresql"])
 def storage(request, tmp_path):
     """A storage of each kind; PostgreSQL where its programs are installed."""
