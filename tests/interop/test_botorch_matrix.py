@@ -60,7 +60,7 @@ def test_every_acquisition_on_a_gp_and_on_draws(fitted, kind, view, name):
 
 
 FEW = ("qLogNoisyExpectedImprovement", "qKnowledgeGradient", "qJointEntropySearch", "PathwiseThompsonSampling")
-QUICK = ("NNGP", "ScaleMixture", "ScaleMixture, noise outside", "SparseGP", "matrix-free ExactGP", "Ensemble")
+QUICK = ("ScaleMixture", "ScaleMixture, noise outside", "SparseGP", "matrix-free ExactGP", "Ensemble")
 
 
 @pytest.mark.parametrize("kind", QUICK)
