@@ -37,6 +37,15 @@ def _skip_without_gpu(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _argument_checks_restored() -> Iterator[None]:
+    """Every test begins with the argument checks of torch.distributions switched on; Pyro switches them, too."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(True)
+    yield
+    torch.distributions.Distribution.set_default_validate_args(before)
+
+
+@pytest.fixture(autouse=True)
 def _global_rng_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test during which the global random state of torch or numpy changed, whoever changed it."""
     before = _global_rng_state()

@@ -175,7 +175,7 @@ def test_interruption_is_told_in_one_line(fakes, houses, monkeypatch, tmp_path, 
     monkeypatch.setitem(suite.ENGINES, "hmc", entry)
     argv = ["compare", "--data", str(houses), "--target", "price", "--engines", "gp,hmc", "--out", str(tmp_path / "r")]
     assert cli.main(argv) == 130
-    assert "goes on from the fits that are finished" in capsys.readouterr().err
+    assert "goes on from what is finished" in capsys.readouterr().err
     assert json.loads((tmp_path / "r/rows/gp-split1.json").read_text(encoding="utf-8"))["data"] == "houses"
 
 

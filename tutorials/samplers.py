@@ -255,7 +255,7 @@ engines = [
     ("MAMS", bdl.MAMS(bnn, num_chains=16, num_warmup=L, num_draws=L, max_steps=32)),
     ("MEADS", bdl.MEADS(bnn, num_chains=32, num_warmup=10 * L, num_draws=L, thin=10)),
     ("MCLMC", bdl.MCLMC(bnn, num_chains=16, num_warmup=10 * L, num_draws=L, thin=10)),
-    ("SMC", bdl.SMC(bnn, num_particles=64, num_islands=4)),
+    ("SMC", bdl.SMC(bnn, num_particles=L, num_islands=4)),
     ("SGHMC", bdl.SGHMC(bnn, num_warmup=STEPS, num_draws=50, thin=STEPS // 50, batch_size=30)),
     ("SGLD", bdl.SGLD(bnn, num_warmup=STEPS, num_draws=50, thin=STEPS // 50, batch_size=30)),
     ("CyclicalSGMCMC", bdl.CyclicalSGMCMC(bnn, 4, STEPS, 4, STEPS // 4, 12, batch_size=30)),

@@ -12,6 +12,7 @@ from bayesdl.samplers.adaptation import FAR
 from bayesdl.samplers.base import Run
 
 _MOVING = 0.02  # share of draws that must differ from the one before
+_FEW = 10  # draws from which nothing is concluded
 
 
 def stuck_chains(run: Run) -> Tensor:
@@ -38,8 +39,10 @@ def stuck_chains(run: Run) -> Tensor:
     return still | (below & apart)
 
 
-def warn_of_stuck_chains(where: str, run: Run) -> None:
-    """A ConvergenceWarning that names them."""
+def warn_of_stuck_chains(where: str, run: Run, num_warmup: int) -> None:
+    """A ConvergenceWarning that names them, where warm-up and draws were enough to tell."""
+    if num_warmup == 0 or run.draws.shape[-2] < _FEW:
+        return  # the chains may well be on their way
     stuck = stuck_chains(run)
     if not bool(stuck.any()):
         return

@@ -173,7 +173,7 @@ def run(
         checkpoint=checkpoint,
         max_gradients=max_gradients,
     )
-    warn_of_stuck_chains("chees.run", result)
+    warn_of_stuck_chains("chees.run", result, num_warmup)
     _, found, length = carry.parameters
     return result._replace(inverse_mass=found.reported(), trajectory_length=length)
 
@@ -191,14 +191,15 @@ def _moves(evaluate: ValueAndGrad, max_steps: int) -> Move:
     """Transitions of NUTS until the chains share a step size, then those of `step` with the jitter of the sequence.
 
     A chain that is far from where it belongs, or beside a saddle, gets there by a long way downhill, of a length that
-    nobody knows yet.
+    nobody knows yet. The trees of this travel keep to `max_steps` as well.
     """
+    depth = max(1, min(_TRAVEL_DEPTH, max_steps.bit_length()))
 
     def move(state: State, parameters: Parameters, numbers: Numbers, count: int) -> tuple[State, Info | nuts.Info]:
         noise = numbers.momentum()
         if count < 0:
             shared = hamiltonian.Parameters(parameters.step_size, parameters.metric)
-            return nuts.step(evaluate, state, shared, noise, numbers.wide_uniform(), _TRAVEL_DEPTH)
+            return nuts.step(evaluate, state, shared, noise, numbers.wide_uniform(), depth)
         uniform = numbers.uniform()
         return step(evaluate, state, parameters, noise, uniform, _halton(count + 1), max_steps)
 

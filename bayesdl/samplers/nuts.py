@@ -236,7 +236,7 @@ def run(
         checkpoint=checkpoint,
         max_gradients=max_gradients,
     )
-    warn_of_stuck_chains("nuts.run", result)
+    warn_of_stuck_chains("nuts.run", result, num_warmup)
     return result._replace(inverse_mass=carry.parameters.metric.reported())
 
 

@@ -258,6 +258,7 @@ def test_a_spoilt_cache_changes_nothing(harm, tmp_path):
     """The next proposal is that of a study without a cache, whatever lies in the folder."""
     cache = tmp_path / "cache"
     expected = unbroken(9)
+    surrogates._IN_MEMORY.clear()  # what is in memory is not written again
     study = Study(SPACE, cache=cache, study_name="kept", **QUICK)
     study.optimize(objective, 6)
     study.posterior()  # that of six observations, which the next proposal needs

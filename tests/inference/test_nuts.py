@@ -70,11 +70,6 @@ def test_short_runs_are_not_trusted_in_silence():
     assert "step_size" in posterior.to_arviz().sample_stats
 
 
-def test_a_gp_is_refused_with_the_way_on():
-    with pytest.raises(SettingError, match=r"(?s)NUTS.fit: model must be a bdl.BNN.*bdl.ExactGP"):
-        bdl.NUTS(bdl.GP(bdl.kernels.RBF())).fit(np.ones((4, 1)), np.arange(4.0))
-
-
 def test_settings_are_checked_at_the_door():
     with pytest.raises(SettingError, match="metric must be one of"):
         bdl.NUTS(bdl.BNN(), metric="riemann")

@@ -55,6 +55,7 @@ def test_every_sampler_agrees_with_every_reference(data_dir, sampler, name, seed
     check(data_dir, name, sampler, seed)
 
 
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
 def test_the_comparison_notices_a_wrong_prior(data_dir):
     """A third of the log Jacobian of tau left out moves some moment by more than 4 errors."""
     name = "eight_schools-eight_schools_noncentered"
