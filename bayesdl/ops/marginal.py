@@ -27,8 +27,9 @@ Params = dict[str, Tensor]
 ValueAndPullback = Callable[[Tensor, Params], tuple[Tensor, Callable[[Tensor], Params]]]
 Energy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Four n x n matrices per element are alive at once; together they should stay within a core's second-level cache.
-_CPU_TILE_BYTES = 2**20
+# Four n x n matrices per element are alive at once. Together they should stay within a core's second-level cache, and
+# below what the C library hands back to the system when they are freed: fresh pages cost up to a third of the time.
+_CPU_TILE_BYTES = 2**19
 _GPU_TILE_BYTES = 2**30
 _SMALL = 80
 
