@@ -90,8 +90,8 @@ def check_positive(where: str, name: str, value: float | tuple[float, ...] | Non
         )
 
 
-def difference_sum(p: Tensor, slope: Tensor, u: Tensor) -> Tensor:
-    """sum_j q_ij (u_j - u_i), shape (*b n k), with q = p * slope, which overwrites p.
+def difference_sum(p: Tensor, slope: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_j q_ij (u_j - u_i), shape (*b n k), and sum_ij q_ij, with q = p * slope, which overwrites p.
 
     This is the part of a distance's gradient that both sides share.
     """
@@ -99,9 +99,11 @@ def difference_sum(p: Tensor, slope: Tensor, u: Tensor) -> Tensor:
     blocks = row_blocks(p, n, n)
     if len(blocks) == 1:
         q = p.mul_(slope)
-        return torch.addcmul(q @ u, u, q.sum(-1, keepdim=True), value=-1.0)
-    out = torch.empty_like(u)
+        by_row = q.sum(-1, keepdim=True)
+        return torch.addcmul(q @ u, u, by_row, value=-1.0), by_row.sum((-2, -1))
+    out, by_row = torch.empty_like(u), u.new_empty(n, 1)
     for rows in blocks:
         q = p[rows].mul_(slope[rows])
-        torch.mm(q, u, out=out[rows]).addcmul_(u[rows], q.sum(-1, keepdim=True), value=-1.0)
-    return out
+        torch.sum(q, -1, keepdim=True, out=by_row[rows])
+        torch.mm(q, u, out=out[rows]).addcmul_(u[rows], by_row[rows], value=-1.0)
+    return out, by_row.sum()

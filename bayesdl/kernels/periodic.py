@@ -92,7 +92,7 @@ class Periodic(OnColumns):
 
         def pullback(p: Tensor) -> Params:
             # dL/du = 4 sum_j q_ij (u_i - u_j) with q = -p k / 2; differences do not see the centre.
-            by_u = difference_sum(p, value, u - centre).mul_(2.0)
+            by_u = difference_sum(p, value, u - centre)[0].mul_(2.0)
             width = x.shape[-1]
             turn = u[..., width:] * by_u[..., :width] - u[..., :width] * by_u[..., width:]
             angle = 2 * math.pi * x / per_row(period, self.ard)

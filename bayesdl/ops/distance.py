@@ -76,7 +76,7 @@ def sqdist_centred(
     if factor != 1.0:
         norm.mul_(factor)
     ones = torch.ones_like(norm)
-    left = torch.cat([x * (-2.0 * factor), norm, ones], -1)
+    left = torch.cat([x if factor == -0.5 else x * (-2.0 * factor), norm, ones], -1)
     right = torch.cat([x, ones, norm if offset is None else norm + offset], -1).mT
     n = x.shape[-2]
     blocks = row_blocks(x, n, n)

@@ -11,6 +11,7 @@ Reference: Rasmussen, Williams (2006), equations 5.8 and 5.9.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,9 +28,8 @@ Params = dict[str, Tensor]
 ValueAndPullback = Callable[[Tensor, Params], tuple[Tensor, Callable[[Tensor], Params]]]
 Energy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Four n x n matrices per element are alive at once. Together they should stay within a core's second-level cache, and
-# below what the C library hands back to the system when they are freed: fresh pages cost up to a third of the time.
-_CPU_TILE_BYTES = 2**19
+# Four n x n matrices per element are alive at once; together they should stay within a core's second-level cache.
+_CPU_TILE_BYTES = 2**20
 _GPU_TILE_BYTES = 2**30
 _SMALL = 80
 
@@ -110,6 +110,8 @@ def mll_and_grad(
         total = batch.numel()
         problem = problem.flat(len(batch), (total,))
         step = _tile_size(x, x.shape[-2], total, tile_bytes)
+        if x.device.type == "cpu":
+            _keep_freed_pages()
         starts = range(0, max(total, 1), step)
         places = starts if step == 1 and total > 0 else [slice(start, start + step) for start in starts]
         return _join([_tile(value_and_pullback, problem.at(rows), energy) for rows in places], batch)
@@ -209,8 +211,7 @@ def _tile(value_and_pullback: ValueAndPullback, problem: _Problem, energy: Energ
         x, residual, n = fill_rows(x, real), residual.masked_fill(~real, 0.0), problem.lengths.to(residual.dtype)
     k, pullback = value_and_pullback(x, problem.params)
     chol, jitter, failed, log_det = _factor(k, problem.noise_variance, real)
-    small = _is_small(k)
-    alpha, factor = _solve(chol, residual, small)
+    alpha, inverse = _solve(chol, residual, _is_small(k))
     quadratic = torch.dot(residual, alpha) if alpha.ndim == 1 else torch.linalg.vecdot(residual, alpha)
     if energy is None or problem.index is None:
         value, right, by_residual = quadratic * -0.5, alpha, alpha.neg()
@@ -219,7 +220,7 @@ def _tile(value_and_pullback: ValueAndPullback, problem: _Problem, energy: Energ
         by_residual = alpha * (2.0 * slope).unsqueeze(-1)
         right = by_residual.neg()
     value = torch.sub(value, log_det).sub_(n * (0.5 * math.log(2 * math.pi)))
-    by_a = _by_a(factor, alpha, right, chol.mT if small else None)
+    by_a = _by_a(inverse, alpha, right)
     if real is not None:
         by_a.diagonal(dim1=-2, dim2=-1).masked_fill_(~real, 0.0)
     by_noise = by_a.trace() if by_a.ndim == 2 else by_a.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -265,29 +266,26 @@ def _is_small(k: Tensor) -> bool:
 
 
 def _solve(chol: Tensor, residual: Tensor, small: bool) -> tuple[Tensor, Tensor]:
-    """A^{-1} residual (*b n), and what `_by_a` needs: the factor, or where it is small its inverse."""
+    """A^{-1} residual (*b n), and A^{-1} (*b n n) lying row by row; where small, in place of the factor.
+
+    Writing over what is no longer needed spares a batch the page faults of new memory, nearly a tenth of its time.
+    """
     if not small:
-        return torch.cholesky_solve(residual.unsqueeze(-1), chol).squeeze(-1), chol
+        # The factor and the inverse lie column by column; the transpose of the symmetric inverse lies row by row.
+        return torch.cholesky_solve(residual.unsqueeze(-1), chol).squeeze(-1), torch.cholesky_inverse(chol).mT
     # Solved in place, in the identity lying column by column as the factor does.
     root = torch.zeros_like(chol.mT).mT
     root.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     torch.linalg.solve_triangular(chol, root, upper=True, out=root)
     if chol.ndim == 2:
-        return torch.mv(root, torch.mv(root.mT, residual)), root
-    return (root @ (root.mT @ residual.unsqueeze(-1))).squeeze(-1), root
+        inverse = torch.mm(root, root.mT, out=chol.mT)
+        return torch.mv(inverse, residual), inverse
+    inverse = torch.bmm(root, root.mT, out=chol.mT)
+    return torch.bmm(inverse, residual.unsqueeze(-1)).squeeze(-1), inverse
 
 
-def _by_a(factor: Tensor, alpha: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
-    """(alpha right' - A^{-1}) / 2, (*b n n) lying row by row, from what `_solve` gave; where small, in place of `out`.
-
-    Writing over what is no longer needed spares a batch the page faults of new memory, nearly a tenth of its time.
-    """
-    if out is not None:
-        by_a = torch.mul(alpha.unsqueeze(-1), right.unsqueeze(-2), out=out)
-        add_product = by_a.addmm_ if by_a.ndim == 2 else by_a.baddbmm_
-        return add_product(factor, factor.mT, beta=0.5, alpha=-0.5)
-    # The factor and the inverse lie column by column; the transpose of the symmetric inverse lies row by row.
-    inverse = torch.cholesky_inverse(factor).mT
+def _by_a(inverse: Tensor, alpha: Tensor, right: Tensor) -> Tensor:
+    """(alpha right' - A^{-1}) / 2, (*b n n), in place of A^{-1}."""
     if inverse.ndim == 2:
         return inverse.addr_(alpha, right, beta=-0.5, alpha=0.5)
     return inverse.baddbmm_(alpha.unsqueeze(-1), right.unsqueeze(-2), beta=-0.5, alpha=0.5)
@@ -315,6 +313,17 @@ def _tile_size(x: Tensor, n: int, total: int, tile_bytes: int | None) -> int:
         tile_bytes = _CPU_TILE_BYTES if x.device.type == "cpu" else _GPU_TILE_BYTES
     most = max(1, tile_bytes // max(1, n * n * x.element_size()))
     return max(1, math.ceil(total / math.ceil(max(total, 1) / most)))
+
+
+@functools.cache
+def _keep_freed_pages() -> None:
+    """Once, reserve and free as much memory as several tiles take, without touching it.
+
+    The C library of Linux hands freed memory back to the system when it is more than twice the largest block freed so
+    far, and fresh pages at every tile are up to a third of the time of a batch of small problems. Other allocators are
+    not affected.
+    """
+    torch.empty(16 * _CPU_TILE_BYTES, dtype=torch.uint8)
 
 
 def _join(tiles: list[_Tile], batch: torch.Size) -> Marginal:
