@@ -98,9 +98,10 @@ def difference_sum(p: Tensor, slope: Tensor, u: Tensor) -> tuple[Tensor, Tensor]
     n = p.shape[-1]
     blocks = row_blocks(p, n, n)
     if len(blocks) == 1:
-        q = p.mul_(slope)
-        by_row = q.sum(-1, keepdim=True)
-        return torch.addcmul(q @ u, u, by_row, value=-1.0), by_row.sum((-2, -1))
+        # a column of ones beside u gives the sums of rows in the same product
+        both = p.mul_(slope) @ torch.cat([u, u.new_ones(()).expand(*u.shape[:-1], 1)], -1)
+        by_row = both[..., -1:]
+        return torch.addcmul(both[..., :-1], u, by_row, value=-1.0), by_row.sum((-2, -1))
     out, by_row = torch.empty_like(u), u.new_empty(n, 1)
     for rows in blocks:
         q = p[rows].mul_(slope[rows])

@@ -192,7 +192,8 @@ class RBF(_Stationary):
         return profiles.rbf(d2)
 
     def _value_and_slope(self, u: Tensor, params: Params, log_scale: Tensor | None) -> _Closed:
-        value = sqdist_centred(u, -0.5, log_scale, then=lambda block, rows: block.exp_())
+        # no clamp: a distance that rounding makes negative changes the value by a rounding error
+        value = sqdist_centred(u, -0.5, log_scale, then=lambda block, rows: block.exp_(), clamp=False)
         return value, value, -0.5, _no_extra
 
     def _frequencies(self, shape: tuple[int, ...], width: int, params: Params, generator: torch.Generator) -> Tensor:

@@ -61,6 +61,7 @@ def sqdist_centred(
     factor: float = 1.0,
     offset: Tensor | None = None,
     then: Callable[[Tensor, slice], None] | None = None,
+    clamp: bool = True,
 ) -> Tensor:
     """`factor * sqdist(x) + offset` (*b n n) without a graph, for rows already centred: one product, then in place.
 
@@ -70,6 +71,7 @@ def sqdist_centred(
         offset: Added to them: (), or (*b 1 1) with batch axes that x has as well. None for 0.
         then: Called with each block of rows (a view of the result) and its place, to be finished in place while it is
             still in the cache. A batch is one block, `slice(None)`.
+        clamp: Whether distances that rounding makes negative become 0, as a square root needs; a pass over the matrix.
     """
     # |x_i - x_j|^2 = (-2 x_i, |x_i|^2, 1) . (x_j, 1, |x_j|^2)
     norm = (x * x).sum(-1, keepdim=True)
@@ -81,14 +83,14 @@ def sqdist_centred(
     n = x.shape[-2]
     blocks = row_blocks(x, n, n)
     if len(blocks) == 1:
-        d2 = _finish(left @ right, 0, factor, offset)
+        d2 = _finish(left @ right, 0, factor, offset, clamp)
         if then is not None:
             then(d2, slice(None))
         return d2
     d2 = torch.empty(n, n, dtype=x.dtype, device=x.device)
     for rows in blocks:
         block = torch.mm(left[rows], right, out=d2[rows])
-        _finish(block, rows.start, factor, offset)
+        _finish(block, rows.start, factor, offset, clamp)
         if then is not None:
             then(block, rows)
     return d2
@@ -105,15 +107,17 @@ def row_blocks(like: Tensor, n: int, m: int) -> list[slice]:
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def _finish(d2: Tensor, first: int, factor: float, offset: Tensor | None) -> Tensor:
+def _finish(d2: Tensor, first: int, factor: float, offset: Tensor | None, clamp: bool) -> Tensor:
     """Distances that rounding has made negative become 0, and so does the diagonal, which starts at column `first`."""
     diagonal = d2.diagonal(first, -2, -1)
     if offset is None:
-        d2 = d2.clamp_min_(0.0) if factor > 0 else d2.clamp_max_(0.0)
+        if clamp:
+            d2 = d2.clamp_min_(0.0) if factor > 0 else d2.clamp_max_(0.0)
         diagonal.zero_()
     else:
-        bound = torch.maximum if factor > 0 else torch.minimum
-        d2 = bound(d2, offset, out=d2)
+        if clamp:
+            bound = torch.maximum if factor > 0 else torch.minimum
+            d2 = bound(d2, offset, out=d2)
         diagonal.copy_(offset if offset.ndim == 0 else offset.squeeze(-1))
     return d2
 
