@@ -1,6 +1,7 @@
-"""Priors: on the weights of networks, on positive hyper-parameters, and on the scale of a random function."""
+"""Priors: on weights of networks, on positive hyper-parameters, on the scale of a function, on whole data sets."""
 
 from bayesdl.hyper import Gamma, HalfNormal, LogNormal
+from bayesdl.priors import tasks
 from bayesdl.priors.scale import BurrXII, Exponential, HalfCauchy, HyperScale, InverseGamma, ScalePrior, UserScale
 from bayesdl.priors.weights import Laplace, Normal, StudentT, WeightPrior
 
@@ -19,4 +20,5 @@ __all__ = [
     "StudentT",
     "UserScale",
     "WeightPrior",
+    "tasks",
 ]
