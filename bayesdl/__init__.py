@@ -19,6 +19,7 @@ from bayesdl._version import __version__
 
 if TYPE_CHECKING:
     from bayesdl import (
+        amortized,
         bo,
         datasets,
         distributions,
@@ -57,6 +58,7 @@ __all__ = [
     "Posterior",
     "SparseGP",
     "__version__",
+    "amortized",
     "bo",
     "compare",
     "datasets",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bayesdl.posterior import Posterior
 
 _ROOMS_WITH_RECORDS = ("hyper", "kernels", "likelihoods", "models", "priors")
-_MODELS = ("BNN", "GP")  # of the models, those that a file may name
+_MODELS = ("BNN", "GP", "Learned")  # of the models, those that a file may name
 _FOREIGN = ("GpytorchKernel", "GpytorchMean")  # wrappers around modules that the reader of a file hands in
 
 
@@ -40,7 +40,7 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | tuple[nn.Module, .
     if form not in forms:
         fail(StorageError, "bdl.load", f"form must be one of {sorted(forms)}.", got=form, fix="upgrade bayesdl")
     kind = forms[form]
-    if not isinstance(shared["model"], getattr(models, kind.model_kind)):
+    if not isinstance(shared["model"], getattr(models, kind.model_kind, object)):  # a posterior of any model
         got = repr(shared["model"])[:200]
         wanted = f"a {kind.__name__} has a {kind.model_kind}."
         fail(StorageError, "bdl.load", wanted, got=got, fix="save the posterior again")
@@ -83,6 +83,13 @@ def arviz_convergence(draws: Any) -> dict[str, float]:
     return worst_convergence(draws)
 
 
+def arviz_nested_rhat(draws: Any, initial: Any) -> float | None:
+    """`interop.arviz.worst_nested_rhat` over draws (C, N, *event) of chains that began at `initial` (C, D)."""
+    from bayesdl.interop.arviz import worst_nested_rhat
+
+    return worst_nested_rhat(draws, initial)
+
+
 def log_density_from_pyro(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`interop.pyro.from_pyro`: the posterior of a Pyro model with these arguments as a `LogDensity`."""
     from bayesdl.interop.pyro import from_pyro
@@ -123,3 +130,17 @@ def kernel_to_gpytorch(kernel: Any, d: int, batch_shape: tuple[int, ...], active
     from bayesdl.interop.gpytorch import to_gpytorch
 
     return to_gpytorch(kernel, d, batch_shape=batch_shape, active_dims=active_dims)
+
+
+def fabric_worker(device: Any, num_devices: int, precision: str) -> Any:
+    """`interop.fabric.FabricWorker`: one of several processes that train a network together."""
+    from bayesdl.interop.fabric import FabricWorker
+
+    return FabricWorker(device, num_devices, precision)
+
+
+def amortized_reader(tensors: Any, record: Any, device: Any) -> Any:
+    """`amortized.reader.Reader.from_parts`: the network of a saved posterior."""
+    from bayesdl.amortized.reader import Reader
+
+    return Reader.from_parts(tensors, record, device)

@@ -1,5 +1,5 @@
 """The command line: `bayesdl compare` fits several engines to real data and compares them, `bayesdl optimize` runs a
-study of Bayesian optimisation, `bayesdl info` looks around.
+study of Bayesian optimisation, `bayesdl pretrain` trains a network on a prior, `bayesdl info` looks around.
 
 Exit codes: 0 done; 1 done, but an engine failed on some split; 2 the request cannot be carried out, with a message on
 stderr that says what to change; 130 interrupted.
@@ -19,6 +19,7 @@ import torch
 
 from bayesdl import _storage, datasets
 from bayesdl._version import __version__
+from bayesdl.amortized import _command as _pretraining
 from bayesdl.bo import _command
 from bayesdl.errors import BayesdlError, SettingError, fail
 from bayesdl.evaluation import suite
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return {"info": _info, "optimize": _optimize, "compare": _compare}[args.command](args)
+        return {"info": _info, "optimize": _optimize, "pretrain": _pretrain, "compare": _compare}[args.command](args)
     except BayesdlError as error:
         print(f"bayesdl: {error}", file=sys.stderr)
         return 2
@@ -91,11 +92,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_command.EPILOG,
     )
     _command.add_arguments(optimize)
+    train = commands.add_parser(
+        "pretrain",
+        help="train a network to predict as the posterior of a prior does",
+        description="Train a prior-data fitted network on the prior that a Python file defines.",
+        epilog=_pretraining.EPILOG,
+    )
+    _pretraining.add_arguments(train)
     return parser
 
 
 def _optimize(args: argparse.Namespace) -> int:
     return _command.run(args)
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    _device(args.device)
+    return _pretraining.run(args)
 
 
 def _compare(args: argparse.Namespace) -> int:

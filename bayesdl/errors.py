@@ -49,6 +49,10 @@ class NumericalWarning(UserWarning):
     """A result is usable but something grew or was repaired on the way; `diagnostics` holds the figures."""
 
 
+class OutOfRangeWarning(NumericalWarning):
+    """A pretrained network is asked outside the sizes or inputs that it was trained on; `diagnostics` says which."""
+
+
 class ConvergenceWarning(UserWarning):
     """An optimiser or sampler stopped short of what its diagnostics ask for; `diagnostics` holds the figures."""
 

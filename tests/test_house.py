@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bayesdl"
 # From the ground up. A room is a file or a folder directly inside the package; rooms on one floor do not import
 # each other, except on the ground floor, which holds small files rather than rooms.
 FLOORS = (
-    ("shapes", "errors", "_checks", "_random", "hyper", "_records", "_storage", "_version"),
+    ("shapes", "errors", "_checks", "_random", "hyper", "_records", "_storage", "_version", "_compiling"),
     ("ops",),
     ("data", "kernels", "likelihoods", "distributions"),
     ("priors",),
