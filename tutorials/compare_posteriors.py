@@ -156,6 +156,26 @@ exact = posteriors["exact GP"]
 print(f"log evidence {exact.log_evidence:.2f}, bound with 20 inducing points {sparse.diagnostics['elbo']:.2f}")
 
 # %% [markdown]
+# A network that was trained on draws from many Gaussian processes has done the work beforehand: it reads the sixty
+# points and answers. Its mean stands beside that of the exact GP.
+
+# %%
+if "gp" in bdl.amortized.shipped():
+    pfn = bdl.PFN(bdl.amortized.Pretrained.load("gp")).fit(data.x, data.y, seed=0)
+    apart = pfn.predict(grid).mean - exact.predict(grid).mean
+    print(f"pretrained network: {1e3 * pfn.diagnostics['seconds']:.0f} ms, {apart.abs().mean():.2f} from the exact GP")
+
+# %% [markdown]
+# What none of them answers is what the mean of y would be, were all of its population seen: that is a question about
+# data to come. `Martingale` lets an engine's predictions go on by themselves, and reads the answer off the completed
+# data.
+
+# %%
+completed = bdl.Martingale(bdl.ExactGP(gp), num_rollouts=100, horizon=240).fit(data.x, data.y, seed=0)
+low, high = completed.functional("mean").quantile([0.05, 0.95])
+print(f"mean of y in the population: {low:.2f} to {high:.2f} with probability 0.9; in the sample {data.y.mean():.2f}")
+
+# %% [markdown]
 # A sampler can stop too early without any error, so ask it. R-hat compares the chains on function values
 # (weights of a network are not identified): below 1.01 is good, above 1.05 warns. At the sizes here it is
 # usable, not perfect.
@@ -325,5 +345,7 @@ assert in_gap.loc["deep ensemble", "NLPD"] > in_gap.loc[others, "NLPD"].max() + 
 assert stiff_rhat < 1.1
 assert stiff_known["worst error there, in sd"] > 5
 assert stiff_score > among_data.loc["network by HMC", "NLPD"] + 0.3
+# The sample mean is among the means that the population may have.
+assert low < data.y.mean() < high
 # Twenty inducing points carry what sixty data say.
 assert exact.log_evidence - 1 < sparse.diagnostics["elbo"]

@@ -10,10 +10,11 @@ entropy from the operating system). `Normal`, `Bernoulli` and `Categorical` are 
 distribution.
 """
 
+from bayesdl.distributions.bar import BarDistribution, pool
 from bayesdl.distributions.discrete import Bernoulli, Categorical
 from bayesdl.distributions.empirical import Empirical
 from bayesdl.distributions.mixture import GaussianMixture
 from bayesdl.distributions.normal import Normal
 from bayesdl.distributions.student import StudentT
 
-__all__ = ["Bernoulli", "Categorical", "Empirical", "GaussianMixture", "Normal", "StudentT"]
+__all__ = ["BarDistribution", "Bernoulli", "Categorical", "Empirical", "GaussianMixture", "Normal", "StudentT", "pool"]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
 from bayesdl import _checks
-from bayesdl.distributions import Empirical, GaussianMixture, StudentT
+from bayesdl.distributions import BarDistribution, Empirical, GaussianMixture, StudentT
 from bayesdl.errors import DataError, SettingError, ShapeError, fail
 
 __all__ = ["accuracy", "brier", "class_probabilities", "coverage", "crps", "interval_score", "nlpd", "rmse"]
@@ -62,7 +62,8 @@ def crps(predictive: Distribution, y: Any, reduction: Reduction = "mean") -> Ten
     GaussianMixture: sum_i w_i A(y - m_i, s_i^2) - 1/2 sum_ij w_i w_j A(m_i - m_j, s_i^2 + s_j^2), A(m, v) = E|N(m, v)|;
     with many components the double sum is int F (1 - F) by the trapezoid rule, which converges faster than any power.
     Empirical of M >= 2 draws: the fair estimate, whose second term divides by M (M - 1), so that few draws are not
-    punished for being few. Anything else with `cdf` and `quantile`: the first integral by quadrature.
+    punished for being few. BarDistribution: the first integral bar by bar, in closed form. Anything else with `cdf` and
+    `quantile`: the first integral by quadrature.
 
     Cost: O(s M min(M, nodes)) for a mixture, nodes being its range over its smallest component scale.
     """
@@ -222,6 +223,11 @@ def _gamma_ratio(x: Tensor) -> Tensor:
     series = 1 - u / 8 * (1 - u / 16 * (1 + u * (5 / 8) * (1 - u * (21 / 160))))
     near = torch.where(far, 1.0, x)
     return torch.where(far, x.sqrt() * series, (torch.lgamma(near + 0.5) - torch.lgamma(near)).exp())
+
+
+@_crps.register
+def _(predictive: BarDistribution, y: Tensor) -> Tensor:
+    return predictive.crps(y)
 
 
 @_crps.register

@@ -17,7 +17,7 @@ from botorch.utils.transforms import concatenate_pending_points, t_batch_mode_tr
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from bayesdl.distributions import GaussianMixture, StudentT
+from bayesdl.distributions import BarDistribution, GaussianMixture, StudentT
 from bayesdl.distributions.improvement import (
     expected_improvement,
     log_expected_improvement,
@@ -58,7 +58,7 @@ class _Improvement(AcquisitionFunction):
 
 
 class LogExpectedImprovement(_Improvement):
-    r"""log E[(f(x) - best_f)+], in closed form for Normal, Student-t and Gaussian mixture predictives.
+    r"""log E[(f(x) - best_f)+], in closed form for Normal, Student-t, Gaussian mixture and bar predictives.
 
     A Student-t process of n points has heavier tails than the Gaussian of the same mean and variance, so that it
     explores more while n is small.
@@ -171,6 +171,8 @@ def _reflected(d: torch.distributions.Distribution) -> torch.distributions.Distr
     """The distribution of -Y."""
     if isinstance(d, StudentT):
         return StudentT(d.dof, -d.loc, d.scale, validate_args=False)
+    if isinstance(d, BarDistribution):
+        return d.reflected()
     if isinstance(d, GaussianMixture):
         return GaussianMixture(-d.loc, d.scale, d.weights, validate_args=False)
     return type(d)(-d.loc, d.scale, validate_args=False)

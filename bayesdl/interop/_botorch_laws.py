@@ -24,6 +24,7 @@ from torch.distributions import Distribution
 from bayesdl import ops
 from bayesdl.distributions import Normal, StudentT
 from bayesdl.posterior import (
+    AmortizedPosterior,
     DrawsPosterior,
     FixedNoiseMixturePosterior,
     GPPosterior,
@@ -82,6 +83,10 @@ class Law(abc.ABC):
     def marginal(self, mean: Tensor, deviation: Tensor, surprise: Tensor | None, num: int) -> Distribution:
         """Law of f at each point alone, from its mean and its standard deviation at scale 1, both (..., q, m)."""
         return Normal(mean, deviation, validate_args=False)
+
+    def own_marginal(self, x: Tensor) -> Distribution | None:
+        """The posterior's own law of f at each of x (..., q, d), as (..., q, m), where it differs from `marginal`'s."""
+        return None
 
 
 class _GP(Law):
@@ -244,6 +249,25 @@ class Members(_Matched):
         return noise.to(torch.float64) if p._data.has_outputs else noise.to(torch.float64).unsqueeze(-1)
 
 
+class _Amortized(Members):
+    """A network's marginals are its own; the covariance between points is that of functions made of them."""
+
+    def own_marginal(self, x: Tensor) -> Distribution | None:
+        if not is_regression(self.posterior):
+            return None
+        return self.posterior._regression(self.posterior._inputs("to_botorch", x), noise=False, outputs=True)
+
+    @functools.cached_property
+    def noise_variance(self) -> Tensor | None:
+        noise = super().noise_variance
+        if noise is None:
+            return None
+        # y and f are two answers of the network, of which the second may come out the wider
+        with torch.no_grad():
+            least = _FLOOR * self.posterior._units.y_scale.square()
+        return torch.maximum(noise, least)
+
+
 @functools.singledispatch
 def law_of(posterior: Posterior, num_members: int, seed: int) -> Law:
     """The law of f under `posterior`: in closed form where its class has one, else from `num_members` functions."""
@@ -273,6 +297,11 @@ def _(posterior: ScaleMixturePosterior, num_members: int, seed: int) -> Law:
 @law_of.register
 def _(posterior: FixedNoiseMixturePosterior, num_members: int, seed: int) -> Law:
     return _FixedNoiseMixture(posterior)
+
+
+@law_of.register
+def _(posterior: AmortizedPosterior, num_members: int, seed: int) -> Law:
+    return _Amortized(posterior, num_members, seed)
 
 
 def member_functions(posterior: Posterior, num: int, seed: int) -> tuple[Any, int]:

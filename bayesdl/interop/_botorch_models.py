@@ -239,8 +239,11 @@ class GaussianModel(SurrogateModel):
         return self._law.num_outputs
 
     def predictive(self, X: Tensor) -> Distribution:
-        """The marginal law of f at each point, (*t, q, m): Student-t or a mixture where that is what it is."""
+        """The marginal law of f at each point, (*t, q, m): Student-t, a mixture or bars where that is what it is."""
         x = as_trained(self._source, X)
+        own = self._law.own_marginal(x) if self._num_seen() == 0 else None
+        if own is not None:
+            return own
         mean, covariance, surprise = self._moments(x)
         deviation = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
         mean, deviation = (ungrouped(t, self._num_all_outputs).to(X.dtype) for t in (mean, deviation))

@@ -2,6 +2,7 @@
 
 from bayesdl.models.bnn import BNN, WeightSpace
 from bayesdl.models.gp import GP, Layout
+from bayesdl.models.learned import Learned
 from bayesdl.models.log_density import LogDensity
 
-__all__ = ["BNN", "GP", "Layout", "LogDensity", "WeightSpace"]
+__all__ = ["BNN", "GP", "Layout", "Learned", "LogDensity", "WeightSpace"]
