@@ -1,8 +1,10 @@
 """Samplers beside those of other libraries: smallest effective sample size per CPU second, CPU time per gradient.
 
 Targets (a) to (d) are those of `sampler_targets.py`. Sides are written "sampler-chains": ours (nuts, chees, mams, hmc,
-meads), "pyro-1", and NUTS of NumPyro and BlackJAX with one chain and with as many as ours. Everything runs on one core
-with one thread, in CPU time of this process; warm-up is apart, and so is what JAX compiles (the first of two runs).
+meads, and with "+compile" those with value and gradient through torch.compile), "pyro-1", and NUTS of NumPyro and
+BlackJAX with one chain and with as many as ours. Everything runs on one core with one thread, in CPU time of this
+process; warm-up is apart, and so is compilation: what the first of two runs took longer than the second in JAX, and the
+first evaluations in torch.
 
     pip install -e .[bench]
     python benchmarks/samplers.py [--targets a b c d] [--sides chees-64 nuts-64 pyro-1 numpyro-64] [--seeds 1 2]
@@ -37,25 +39,47 @@ import torch
 from machine import describe
 from sampler_peers import PEERS, Result, starts
 from sampler_targets import TARGETS, Target
+from torch import Tensor
 
 from bayesdl.interop.arviz import convergence
+from bayesdl.samplers.base import value_and_grad
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "samplers.csv"
-SIDES = ("chees-64", "nuts-64", "mams-64", "nuts-1", "pyro-1", "numpyro-1", "numpyro-64", "blackjax-1", "blackjax-64")
+SIDES = ("chees-64", "nuts-64", "mams-64", "hmc-64", "chees+compile-64", "mams+compile-64", "hmc+compile-64", "nuts-1")
+SIDES += ("pyro-1", "numpyro-1", "numpyro-64", "blackjax-1", "blackjax-64")
 # Transitions of warm-up and draws per chain: few for many chains, as one would run them.
 LENGTHS = {"1": (300, 500), "64": (200, 100)}
 PYRO_LENGTHS = {"a": (150, 100), "b": (300, 300), "c": (300, 200), "d": (12, 6)}
 
 
+class Compiled:
+    """A log density with its gradient as one compiled graph, which `compile=True` would make within the run."""
+
+    def __init__(self, target: Target, start: Tensor) -> None:
+        self._density = target.log_density
+        self.value_and_grad = value_and_grad(target.log_density, compile=True)
+        began = time.process_time()
+        for _ in range(2):
+            self.value_and_grad(start)
+        self.seconds = time.process_time() - began
+
+    def __call__(self, q: Tensor) -> Tensor:
+        return self._density(q)
+
+
 def ours(target: Target, sampler: str, num_chains: int, num_warmup: int, num_draws: int, seed: int) -> Result:
     """A sampler of this package with its own defaults."""
-    module = importlib.import_module(f"bayesdl.samplers.{sampler}")
+    name, _, compiled = sampler.partition("+")
+    module = importlib.import_module(f"bayesdl.samplers.{name}")
     start = starts(target, num_chains, seed)
+    density = Compiled(target, start) if compiled else target.log_density
     began, cpu_began = time.perf_counter(), time.process_time()
-    run = module.run(target.log_density, start, num_warmup=num_warmup, num_draws=num_draws, seed=seed)
+    run = module.run(density, start, num_warmup=num_warmup, num_draws=num_draws, seed=seed)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
     # The run knows its wall-clock times; on one thread the share of warm-up is that in CPU time.
-    return Result(run.draws, cpu, cpu * run.warmup_seconds / wall, run.num_gradients, run.warmup_gradients)
+    warm = cpu * run.warmup_seconds / wall
+    compilation = density.seconds if isinstance(density, Compiled) else 0.0
+    return Result(run.draws, cpu, warm, run.num_gradients, run.warmup_gradients, compilation)
 
 
 def row(target: Target, side: str, result: Result, seed: int) -> dict[str, Any]:

@@ -37,12 +37,16 @@ def _skip_without_gpu(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _argument_checks_restored() -> Iterator[None]:
-    """Every test begins with the argument checks of torch.distributions switched on; Pyro switches them, too."""
+def _argument_checks_untouched() -> Iterator[None]:
+    """Fail a test that leaves the argument checks of torch.distributions other than it found them.
+
+    torch.compile and Pyro switch them for the whole process; what we do with either must not.
+    """
     before = torch.distributions.Distribution._validate_args
-    torch.distributions.Distribution.set_default_validate_args(True)
     yield
+    after = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(before)
+    assert before == after, f"the argument checks of torch.distributions went from {before} to {after}"
 
 
 @pytest.fixture(autouse=True)

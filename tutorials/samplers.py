@@ -38,8 +38,9 @@ QUICK = os.environ.get("BAYESDL_QUICK") == "1"
 NUM_CHAINS = 16
 NUM_WARMUP = 100 if QUICK else 300
 NUM_DRAWS = 100 if QUICK else 300
-STEPS = 200 if QUICK else 1000
-L = 20 if QUICK else 80
+STEPS = 100 if QUICK else 1000
+DEPTH, LONGEST = (4, 12) if QUICK else (6, 32)
+L = 10 if QUICK else 80
 
 # %% [markdown]
 # ## A density that is hard
@@ -69,8 +70,8 @@ def quietly(*args, **settings) -> bdl.inference.sample.Chains:
 
 runs = {
     "HMC": quietly(funnel, 10, "hmc"),
-    "NUTS": quietly(funnel, 10, "nuts", max_depth=6),
-    "ChEES": quietly(funnel, 10, "chees", num_steps=32),
+    "NUTS": quietly(funnel, 10, "nuts", max_depth=DEPTH),
+    "ChEES": quietly(funnel, 10, "chees", num_steps=LONGEST),
     "NUTS, straightened": quietly(straight, 10, "nuts"),
 }
 
@@ -187,7 +188,7 @@ for name in ("hmc", "nuts", "chees", "mams", "mclmc", "smc"):
     agree[name] = chains.draws.std((0, 1)).mean().item()
     told = chains.diagnostics
     print(f"{name:<8}{agree[name]:8.2f}{told['ess_bulk']:8.0f}{told['num_gradients']:22.0f}")
-log_evidence = float(quietly(correlated, 8, "smc").log_evidence)
+log_evidence = float(chains.log_evidence)  # of the last one, smc
 truth = 4 * np.log(2 * np.pi) + 0.5 * torch.logdet(covariance).item()
 print(f"log evidence by SMC {log_evidence:.2f}, the truth {truth:.2f}")
 
@@ -249,13 +250,13 @@ for name, width in widths.items():
 data = bdl.datasets.noisy_sine_with_gap(n=60, noise_scale=0.2, seed=2)
 bnn = bdl.BNN(hidden=(6,), activation="tanh", prior=bdl.priors.Normal(scale=3.0))
 engines = [
-    ("HMC", bdl.HMC(bnn, num_chains=8, num_warmup=3 * L, num_draws=3 * L, num_steps=24)),
-    ("NUTS", bdl.NUTS(bnn, num_chains=8, num_warmup=L, num_draws=L, max_depth=5)),
-    ("ChEES", bdl.ChEES(bnn, num_chains=16, num_warmup=L, num_draws=L, max_steps=32)),
-    ("MAMS", bdl.MAMS(bnn, num_chains=16, num_warmup=L, num_draws=L, max_steps=32)),
+    ("HMC", bdl.HMC(bnn, num_chains=8, num_warmup=3 * L, num_draws=3 * L, num_steps=LONGEST)),
+    ("NUTS", bdl.NUTS(bnn, num_chains=8, num_warmup=L, num_draws=L, max_depth=DEPTH)),
+    ("ChEES", bdl.ChEES(bnn, num_chains=16, num_warmup=L, num_draws=L, max_steps=LONGEST)),
+    ("MAMS", bdl.MAMS(bnn, num_chains=16, num_warmup=L, num_draws=L, max_steps=LONGEST)),
     ("MEADS", bdl.MEADS(bnn, num_chains=32, num_warmup=10 * L, num_draws=L, thin=10)),
     ("MCLMC", bdl.MCLMC(bnn, num_chains=16, num_warmup=10 * L, num_draws=L, thin=10)),
-    ("SMC", bdl.SMC(bnn, num_particles=L, num_islands=4)),
+    ("SMC", bdl.SMC(bnn, num_particles=max(L, 16), num_islands=4)),
     ("SGHMC", bdl.SGHMC(bnn, num_warmup=STEPS, num_draws=50, thin=STEPS // 50, batch_size=30)),
     ("SGLD", bdl.SGLD(bnn, num_warmup=STEPS, num_draws=50, thin=STEPS // 50, batch_size=30)),
     ("CyclicalSGMCMC", bdl.CyclicalSGMCMC(bnn, 4, STEPS, 4, STEPS // 4, 12, batch_size=30)),

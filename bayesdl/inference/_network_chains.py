@@ -16,6 +16,7 @@ from bayesdl.inference._fitting import NetworkProblem, network_problem, warn_unl
 from bayesdl.inference._gp_chains import sample_gp
 from bayesdl.models import BNN, GP
 from bayesdl.posterior import DrawsPosterior, GPMixturePosterior
+from bayesdl.samplers._stuck import which_are_stuck
 from bayesdl.samplers.base import LogDensityFn, Run, summarize
 
 NUM_PREDICTIVE = 64
@@ -37,39 +38,45 @@ def check_settings(engine: Any, metrics: tuple[str, ...], counts: tuple[str, ...
         fail(SettingError, where, wanted, got=_checks.describe(engine.model), fix=fix)
     if isinstance(engine.model, GP):
         gaussian_only(where, engine.model)
-    predictive = ("num_predictive",) if hasattr(engine, "num_predictive") else ()
-    for name in ("num_chains", "num_draws", "thin", *predictive, *counts):
+    for name in ("num_chains", "num_draws", "thin", "num_predictive", *counts):
         _checks.at_least(where, name, getattr(engine, name), 1, integer=True)
     _checks.at_least(where, "num_warmup", engine.num_warmup, 0, integer=True)
-    _checks.inside(where, "target_accept", engine.target_accept, 0.0, 1.0)
-    _checks.choice(where, "metric", engine.metric, metrics)
+    if hasattr(engine, "target_accept"):
+        _checks.inside(where, "target_accept", engine.target_accept, 0.0, 1.0)
+    if metrics:
+        _checks.choice(where, "metric", engine.metric, metrics)
+
+
+_RUN = ("num_warmup", "num_draws", "thin", "progress", "checkpoint", "max_gradients", "chain_batch", "compile")
 
 
 def sample_network(
-    name: str,
-    model: BNN | GP,
-    x: Any,
-    y: Any,
-    num_chains: int,
-    standardize: bool,
-    seed: Seed,
-    run_chains: Callable[[LogDensityFn, Tensor, Seed], Run],
-    longer: Longer,
-    num_predictive: int = NUM_PREDICTIVE,
+    engine: Any, x: Any, y: Any, seed: Seed, run_sampler: Callable[..., Run], own: tuple[str, ...], longer: Longer
 ) -> DrawsPosterior | GPMixturePosterior:
-    """Fit `model`, a network or a GP, to data by `run_chains(log_density, starts, seed)`; see `HMC.fit`."""
+    """Fit the model of `engine`, a network or a GP, to data; see `HMC.fit`.
+
+    `run_sampler` is the `run` of its sampler, which takes those settings that all of them have, and its `own`, by the
+    names that they have in the engine.
+    """
+    name, model = type(engine).__name__, engine.model
+    where = f"{name}.fit"
+    settings = {setting: getattr(engine, setting) for setting in (*_RUN, *own)}
+
+    def run_chains(log_density: LogDensityFn, starts: Tensor, run_seed: Seed) -> Run:
+        return run_sampler(log_density, starts, seed=run_seed, **settings)
+
     if isinstance(model, GP):
 
         def report(run: Run, quantities: Tensor) -> dict[str, Any]:
             found = {"engine": name, **_convergence(run, quantities, longer)}
-            _warn(f"{name}.fit", found, run, longer, "hyper-parameters")
+            _warn(where, found, run, longer, "hyper-parameters")
             return found
 
-        return sample_gp(f"{name}.fit", model, x, y, num_chains, standardize, num_predictive, seed, run_chains, report)
-    where = f"{name}.fit"
-    problem = network_problem(where, model, x, y, standardize=standardize)
+        how = (engine.num_chains, engine.standardize, engine.num_predictive)
+        return sample_gp(where, model, x, y, *how, seed, run_chains, report)
+    problem = network_problem(where, model, x, y, standardize=engine.standardize)
     start_seed, run_seed = child_seeds(seed, 2)
-    starts = problem.starts(num_chains, start_seed)
+    starts = problem.starts(engine.num_chains, start_seed)
     run = run_chains(problem.space.bind(problem.x, problem.y), starts, run_seed)
     diagnostics = _diagnose(name, problem, run, longer)
     _warn(where, diagnostics, run, longer)
@@ -90,6 +97,7 @@ def _convergence(run: Run, quantities: Tensor, longer: Longer) -> dict[str, Any]
     """The worst R-hat and ESS over quantities (C, N, *), and the health of the run."""
     worst = _doors.arviz_convergence(quantities)
     diagnostics = {**{figure: worst[figure] for figure in ("rhat", "ess_bulk", "ess_tail")}, **summarize(run)}
+    diagnostics["stuck_chains"] = which_are_stuck(run)
     if run.trajectory_length is not None:
         diagnostics["trajectory_length"] = run.trajectory_length.tolist()
     if longer.max_depth is not None:

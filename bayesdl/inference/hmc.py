@@ -12,14 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from bayesdl._random import Seed
 from bayesdl.inference._network_chains import NUM_PREDICTIVE, Longer, check_settings, sample_network
 from bayesdl.models import BNN, GP
 from bayesdl.posterior import DrawsPosterior, GPMixturePosterior
 from bayesdl.samplers import hmc
-from bayesdl.samplers.base import LogDensityFn, Run
 
 
 @dataclass(frozen=True)
@@ -83,25 +80,5 @@ class HMC:
         Cost: (num_warmup + num_draws * thin) * 3/4 num_steps gradients a chain, each O(n num_weights) for a network,
         O(n^3) for a GP.
         """
-
-        def run_chains(log_density: LogDensityFn, starts: Tensor, run_seed: Seed) -> Run:
-            return hmc.run(
-                log_density,
-                starts,
-                num_warmup=self.num_warmup,
-                num_draws=self.num_draws,
-                num_steps=self.num_steps,
-                target_accept=self.target_accept,
-                metric=self.metric,
-                thin=self.thin,
-                seed=run_seed,
-                progress=self.progress,
-                checkpoint=self.checkpoint,
-                max_gradients=self.max_gradients,
-                chain_batch=self.chain_batch,
-                compile=self.compile,
-            )
-
-        longer = Longer(" or longer trajectories (num_steps)")
-        settings = (self.num_chains, self.standardize, seed, run_chains, longer, self.num_predictive)
-        return sample_network("HMC", self.model, x, y, *settings)
+        own, longer = ("num_steps", "target_accept", "metric"), Longer(" or longer trajectories (num_steps)")
+        return sample_network(self, x, y, seed, hmc.run, own, longer)

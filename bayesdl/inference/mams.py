@@ -12,14 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from bayesdl._random import Seed
 from bayesdl.inference._network_chains import NUM_PREDICTIVE, Longer, check_settings, sample_network
 from bayesdl.models import BNN, GP
 from bayesdl.posterior import DrawsPosterior, GPMixturePosterior
 from bayesdl.samplers import mams
-from bayesdl.samplers.base import LogDensityFn, Run
 
 
 @dataclass(frozen=True)
@@ -84,25 +81,5 @@ class MAMS:
         Cost: about 2 T / eps gradients a transition, T the learned length and eps the step, each O(n num_weights) a
         chain of a network, O(n^3) of a GP.
         """
-
-        def run_chains(log_density: LogDensityFn, starts: Tensor, run_seed: Seed) -> Run:
-            return mams.run(
-                log_density,
-                starts,
-                num_warmup=self.num_warmup,
-                num_draws=self.num_draws,
-                max_steps=self.max_steps,
-                target_accept=self.target_accept,
-                metric=self.metric,
-                thin=self.thin,
-                seed=run_seed,
-                progress=self.progress,
-                checkpoint=self.checkpoint,
-                max_gradients=self.max_gradients,
-                chain_batch=self.chain_batch,
-                compile=self.compile,
-            )
-
-        longer = Longer(", or use more chains (num_chains)")
-        settings = (self.num_chains, self.standardize, seed, run_chains, longer, self.num_predictive)
-        return sample_network("MAMS", self.model, x, y, *settings)
+        own, longer = ("max_steps", "target_accept", "metric"), Longer(", or use more chains (num_chains)")
+        return sample_network(self, x, y, seed, mams.run, own, longer)

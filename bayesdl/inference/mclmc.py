@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bayesdl import _checks
 from bayesdl._random import Seed
-from bayesdl.errors import SettingError, fail
 from bayesdl.inference._fitting import warn_unless
-from bayesdl.inference._network_chains import NUM_PREDICTIVE, Longer, sample_network
+from bayesdl.inference._network_chains import NUM_PREDICTIVE, Longer, check_settings, sample_network
 from bayesdl.models import BNN, GP
 from bayesdl.posterior import DrawsPosterior, GPMixturePosterior
 from bayesdl.samplers import mclmc
-from bayesdl.samplers.base import LogDensityFn, Run
+from bayesdl.samplers.base import Run
 
 _TOO_FAR = 3.0  # times the desired energy error
 
@@ -68,15 +66,8 @@ class MCLMC:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, (BNN, GP)):
-            wanted = "model must be a bdl.BNN or a bdl.GP."
-            fix = "bdl.BNN(hidden=(50,)) or bdl.GP(bdl.kernels.Matern()); a log density goes to bdl.sample"
-            fail(SettingError, "MCLMC", wanted, got=_checks.describe(self.model), fix=fix)
-        for name in ("num_chains", "num_draws", "thin", "num_predictive"):
-            _checks.at_least("MCLMC", name, getattr(self, name), 1, integer=True)
-        _checks.at_least("MCLMC", "num_warmup", self.num_warmup, 0, integer=True)
+        check_settings(self, ("diagonal", "dense", "identity"), ())
         _checks.inside("MCLMC", "desired_energy_error", self.desired_energy_error, 0, math.inf)
-        _checks.choice("MCLMC", "metric", self.metric, ("diagonal", "dense", "identity"))
 
     def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> DrawsPosterior | GPMixturePosterior:
         """Sample the posterior of the model, nearly, given x (*b, n, d) and y (*b, n) or (*b, n, k).
@@ -99,28 +90,12 @@ class MCLMC:
         """
         runs = []
 
-        def run_chains(log_density: LogDensityFn, starts: Tensor, run_seed: Seed) -> Run:
-            run = mclmc.run(
-                log_density,
-                starts,
-                num_warmup=self.num_warmup,
-                num_draws=self.num_draws,
-                desired_energy_error=self.desired_energy_error,
-                metric=self.metric,
-                thin=self.thin,
-                seed=run_seed,
-                progress=self.progress,
-                checkpoint=self.checkpoint,
-                max_gradients=self.max_gradients,
-                chain_batch=self.chain_batch,
-                compile=self.compile,
-            )
-            runs.append(run)
-            return run
+        def run_once(*where: Any, **settings: Any) -> Run:
+            runs.append(mclmc.run(*where, **settings))
+            return runs[-1]
 
-        longer = Longer(", or thin more (thin)")
-        settings = (self.num_chains, self.standardize, seed, run_chains, longer, self.num_predictive)
-        posterior = sample_network("MCLMC", self.model, x, y, *settings)
+        own, longer = ("desired_energy_error", "metric"), Longer(", or thin more (thin)")
+        posterior = sample_network(self, x, y, seed, run_once, own, longer)
         self._report(posterior, runs[0])
         return posterior
 

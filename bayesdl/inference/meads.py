@@ -10,9 +10,7 @@ Reference: Hoffman & Sountsov (2022), Tuning-free generalized Hamiltonian Monte 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import Any
 
 from bayesdl import _checks
 from bayesdl._random import Seed
@@ -20,7 +18,6 @@ from bayesdl.inference._network_chains import NUM_PREDICTIVE, Longer, check_sett
 from bayesdl.models import BNN, GP
 from bayesdl.posterior import DrawsPosterior, GPMixturePosterior
 from bayesdl.samplers import meads
-from bayesdl.samplers.base import LogDensityFn, Run
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,9 @@ class MEADS:
     max_gradients: float | None = None
     chain_batch: int | None = None
     compile: bool = False
-    # it adapts these by rules of its own
-    target_accept: ClassVar[float] = 0.8
-    metric: ClassVar[str] = "diagonal"
 
     def __post_init__(self) -> None:
-        check_settings(self, ("diagonal",), ())
+        check_settings(self, (), ())
         _checks.at_least("MEADS", "num_chains", self.num_chains, 4 * meads.FOLDS, integer=True)
 
     def fit(self, x: Any, y: Any, *, seed: Seed = 0) -> DrawsPosterior | GPMixturePosterior:
@@ -81,22 +75,4 @@ class MEADS:
 
         Cost: num_warmup + num_draws * thin gradients a chain, each O(n num_weights) for a network, O(n^3) for a GP.
         """
-
-        def run_chains(log_density: LogDensityFn, starts: Tensor, run_seed: Seed) -> Run:
-            return meads.run(
-                log_density,
-                starts,
-                num_warmup=self.num_warmup,
-                num_draws=self.num_draws,
-                thin=self.thin,
-                seed=run_seed,
-                progress=self.progress,
-                checkpoint=self.checkpoint,
-                max_gradients=self.max_gradients,
-                chain_batch=self.chain_batch,
-                compile=self.compile,
-            )
-
-        longer = Longer(" or keep fewer draws (thin)")
-        settings = (self.num_chains, self.standardize, seed, run_chains, longer, self.num_predictive)
-        return sample_network("MEADS", self.model, x, y, *settings)
+        return sample_network(self, x, y, seed, meads.run, (), Longer(" or keep fewer draws (thin)"))

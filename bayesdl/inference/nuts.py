@@ -12,14 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from bayesdl._random import Seed
 from bayesdl.inference._network_chains import NUM_PREDICTIVE, Longer, check_settings, sample_network
 from bayesdl.models import BNN, GP
 from bayesdl.posterior import DrawsPosterior, GPMixturePosterior
 from bayesdl.samplers import nuts
-from bayesdl.samplers.base import LogDensityFn, Run
 
 
 @dataclass(frozen=True)
@@ -84,25 +81,5 @@ class NUTS:
         Cost: at most 2^max_depth gradients a transition, each O(n num_weights) a chain for a network, O(n^3)
         for a GP.
         """
-
-        def run_chains(log_density: LogDensityFn, starts: Tensor, run_seed: Seed) -> Run:
-            return nuts.run(
-                log_density,
-                starts,
-                num_warmup=self.num_warmup,
-                num_draws=self.num_draws,
-                max_depth=self.max_depth,
-                target_accept=self.target_accept,
-                metric=self.metric,
-                thin=self.thin,
-                seed=run_seed,
-                progress=self.progress,
-                checkpoint=self.checkpoint,
-                max_gradients=self.max_gradients,
-                chain_batch=self.chain_batch,
-                compile=self.compile,
-            )
-
-        longer = Longer("", self.max_depth)
-        settings = (self.num_chains, self.standardize, seed, run_chains, longer, self.num_predictive)
-        return sample_network("NUTS", self.model, x, y, *settings)
+        own, longer = ("max_depth", "target_accept", "metric"), Longer("", self.max_depth)
+        return sample_network(self, x, y, seed, nuts.run, own, longer)

@@ -23,6 +23,7 @@ from bayesdl.errors import ConvergenceWarning, NumericalError, SettingError, Sha
 from bayesdl.inference import _sampler_table
 from bayesdl.inference._sampler_table import Common, Start
 from bayesdl.models.log_density import LogDensity
+from bayesdl.samplers._stuck import which_are_stuck
 from bayesdl.samplers.base import LogDensityFn, Run, summarize
 
 _MAX_DEPTH = 10
@@ -41,10 +42,12 @@ class Chains:
         stats: Statistics of the sampler by name, each (num_chains, num_draws); see `samplers.Run`.
         diagnostics: "rhat" (the largest over `values`), "ess_bulk" and "ess_tail" (the smallest), "divergences",
             "e_bfmi" (one per chain), "acceptance_rate", "step_size", "num_gradients" (per chain), "seconds", "engine"
-            and "trace", {"log_density": chains x draws}; of NUTS also "max_depth_reached" (draws whose tree was cut
-            short), of those that have one "trajectory_length", of MCLMC "energy_error" (mean square per coordinate and
-            step) and "unadjusted", of SMC "log_evidence", of a start by Pathfinder "pathfinder" (its khat, ELBOs and
-            gradients, which count in "num_gradients"). "stopped_by" is "num_draws" or "max_gradients".
+            and "trace", {"log_density": chains x draws}; of all but SMC "stuck_chains", the numbers of those far below
+            the others or without a move, and where groups of chains share a start "nested_rhat"; of NUTS
+            "max_depth_reached" (draws whose tree was cut short), of those that have one "trajectory_length", of MCLMC
+            "energy_error" (mean square per coordinate and step) and "unadjusted", of SMC "log_evidence", of a start by
+            Pathfinder "pathfinder" (its khat, ELBOs and gradients, which count in "num_gradients"). "stopped_by" is
+            "num_draws" or "max_gradients".
         inverse_mass: The adapted inverse mass matrix, (dim,) or (dim, dim).
         log_evidence: Log of the integral of exp(log_density), of "smc"; None for other samplers.
         density: What was drawn from.
@@ -139,8 +142,8 @@ def sample(
         NumericalError: No finite log density found at the start.
 
     Warns:
-        ConvergenceWarning: R-hat above 1.05, ESS below 100, E-BFMI below 0.3, divergent transitions, or
-            more than half of the trees cut short at max_depth.
+        ConvergenceWarning: R-hat above 1.05 (nested R-hat, where groups of chains share a start), ESS below 100,
+            E-BFMI below 0.3, divergent transitions, or more than half of the trees cut short at max_depth.
     """
     _checks.choice("sample", "sampler", sampler, tuple(_sampler_table.SAMPLERS))
     _checks.at_least("sample", "num_chains", num_chains, 1, integer=True)
@@ -160,7 +163,7 @@ def sample(
 def _judged(density: LogDensity, sampler: str, start: Start, run: Run, gradients: int, max_depth: int) -> Chains:
     """The run with its quantities of interest and its diagnostics, and a warning where they ask for one."""
     values = _values(run.draws, density.names, density.transform)
-    diagnostics = _diagnose(run, values, sampler)
+    diagnostics = _diagnose(run, values, sampler, start.q)
     if start.approximation is not None:
         found = start.approximation
         diagnostics["num_gradients"] += gradients
@@ -282,12 +285,17 @@ def _values(
     return values
 
 
-def _diagnose(run: Run, values: dict[str, Tensor], sampler: str) -> dict[str, Any]:
+def _diagnose(run: Run, values: dict[str, Tensor], sampler: str, initial: Tensor) -> dict[str, Any]:
+    """Figures of the quantities (C, N, *event), and of the run from the positions `initial` (C, D)."""
     num_chains, num_draws = run.draws.shape[:2]
     flat = torch.cat([value.reshape(num_chains, num_draws, -1).double() for value in values.values()], -1)
     worst = _doors.arviz_convergence(flat)
     trace = {"log_density": run.stats["log_density"].tolist()}
     found = {"engine": sampler, **worst, **summarize(run), "trace": trace}
+    if sampler != "smc":  # its islands have no starts, and its particles no order
+        found["stuck_chains"] = which_are_stuck(run)
+        nested = _doors.arviz_nested_rhat(flat, initial)
+        found |= {} if nested is None else {"nested_rhat": nested}
     if run.trajectory_length is not None:
         found["trajectory_length"] = run.trajectory_length.tolist()
     if run.log_evidence is not None:
@@ -301,8 +309,11 @@ def _warn(diagnostics: dict[str, Any], num_draws: int) -> None:
     ess = min(diagnostics["ess_bulk"], diagnostics["ess_tail"])
     bfmi = min(diagnostics["e_bfmi"])
     cut = diagnostics.get("max_depth_reached", 0)
+    # R-hat asks every chain to be long, nested R-hat only those of a start together
+    label, key = ("nested R-hat", "nested_rhat") if "nested_rhat" in diagnostics else ("R-hat", "rhat")
+    rhat = diagnostics[key]
     doubts = [
-        (diagnostics["rhat"] > _MAX_RHAT, f"R-hat {diagnostics['rhat']:.3f} above {_MAX_RHAT}: run longer"),
+        (rhat > _MAX_RHAT, f"{label} {rhat:.3f} above {_MAX_RHAT}: run longer"),
         (ess < _MIN_ESS, f"effective sample size {ess:.0f} below {_MIN_ESS:.0f}: draw more"),
         (bfmi < _MIN_BFMI, f"E-BFMI {bfmi:.2f} below {_MIN_BFMI}: reparametrise heavy tails and funnels"),
         (

@@ -250,7 +250,7 @@ def _initial_metric(where: str, kind: str, inverse_mass: Tensor | None, q: Tenso
 
 
 def _given_step_size(where: str, step_size: float | Tensor, q: Tensor) -> Tensor:
-    value = torch.as_tensor(step_size).detach().to(q)
+    value = torch.as_tensor(step_size, dtype=q.dtype, device=q.device).detach()
     groups = tuple(q.shape[:-2])
     if value.ndim and tuple(value.shape) != groups:
         wanted = f"step_size must be a number or have shape {groups}, one per group."

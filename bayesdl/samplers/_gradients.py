@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdl import _checks
+from bayesdl._compiling import ArgumentChecksOff
 
 Evaluate: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
@@ -80,7 +81,8 @@ class _Compiled:
     """Value and gradient through torch.compile, as one graph for any number of chains.
 
     Where a log density cannot be differentiated within a graph, its value alone is compiled, which gains less; where
-    that fails too it is evaluated as it is, with a warning.
+    that fails too it is evaluated as it is, with a warning. Inside a graph torch.distributions checks no arguments, and
+    outside it goes on as before.
     """
 
     def __init__(self, log_density: Callable[..., Tensor]) -> None:
@@ -106,13 +108,25 @@ class _Compiled:
         eager = _eager(self._log_density)
         for make in (_one_graph, lambda fn: _eager(torch.compile(fn))):
             try:
-                self._run = make(self._log_density)
+                self._run = _traced(make, self._log_density)
                 return self._run(q, *rest)
             except Exception:
                 eager(q, *rest)  # an error of the log density itself comes out here
         warnings.warn("torch.compile cannot trace this log density: it is evaluated as it is", stacklevel=2)
         self._run = eager
         return eager(q, *rest)
+
+
+def _traced(make: Callable[..., Evaluate], log_density: Callable[..., Tensor]) -> Evaluate:
+    """What `make` compiles, with the argument checks of torch.distributions off in its graphs and nowhere else."""
+    with ArgumentChecksOff():
+        compiled = make(log_density)
+
+    def evaluate(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        with ArgumentChecksOff():
+            return compiled(q, *rest)
+
+    return evaluate
 
 
 def _one_graph(log_density: Callable[..., Tensor]) -> Evaluate:

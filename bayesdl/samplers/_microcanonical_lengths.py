@@ -43,16 +43,20 @@ class Schedule(NamedTuple):
 def schedule(num_warmup: int, *, settle: bool) -> Schedule:
     """Windows as in `adaptation.slow_windows`, and the watch after the last of them.
 
-    With `settle` it is the middle half of those last transitions, so that the step size can follow the metric before it
-    and the length after it; else the last quarter of all, for which the windows make room.
+    With `settle` it is the middle half of those last transitions, a quarter of a short warm-up, so that the step size
+    can follow the metric before it and the length after it; else the last quarter of all, for which the windows make
+    room.
     """
+    if settle and 20 <= num_warmup < 150:
+        windows: tuple[tuple[int, int], ...] = ((int(0.15 * num_warmup), num_warmup - num_warmup // 4),)
+    else:
+        windows = adaptation.slow_windows(num_warmup - (0 if settle or num_warmup < 40 else num_warmup // 4))
     if num_warmup < 40:
-        windows = adaptation.slow_windows(num_warmup)
         return Schedule(windows[0][0] if windows else 0, windows, (num_warmup, num_warmup))
-    tail = 0 if settle else num_warmup // 4
-    windows = adaptation.slow_windows(num_warmup - tail)
     rest = num_warmup - windows[-1][1]
-    watched = (num_warmup - rest + rest // 4, num_warmup - rest // 4) if settle else (num_warmup - tail, num_warmup)
+    watched = (num_warmup - rest + rest // 4, num_warmup - rest // 4)
+    if not settle:
+        watched = (num_warmup - num_warmup // 4, num_warmup)
     return Schedule(windows[0][0], windows, watched)
 
 

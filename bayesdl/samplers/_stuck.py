@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,18 @@ def stuck_chains(run: Run) -> Tensor:
     below = median < median.gather(-1, best) - FAR * unit
     apart = log_density.amax(-1) < log_density.amin(-1).gather(-1, best)
     return still | (below & apart)
+
+
+def which_are_stuck(run: Run) -> list[Any]:
+    """The numbers of the stuck chains, a list for each group; empty where there are too few draws to tell."""
+    stuck = stuck_chains(run) if run.draws.shape[-2] >= _FEW else torch.zeros(run.draws.shape[:-2], dtype=torch.bool)
+    return _numbers(stuck.tolist())
+
+
+def _numbers(flags: list[Any]) -> list[Any]:
+    if flags and isinstance(flags[0], list):
+        return [_numbers(part) for part in flags]
+    return [i for i, flag in enumerate(flags) if flag]
 
 
 def warn_of_stuck_chains(where: str, run: Run, num_warmup: int) -> None:

@@ -24,7 +24,7 @@ from bayesdl.samplers.hamiltonian import Metric, State, diagonal_metric, energy,
 
 RANK = 32  # directions of a low-rank metric
 EARLY_WINDOWS = 2  # in which chains may still be on their way
-_GAMMA, _KAPPA, _T0 = 0.05, 0.75, 10.0
+_GAMMA, _KAPPA, _T0 = 0.75, 0.75, 10.0
 FAR = 8.0  # how far below the others, in units of its usual change, a log density shows a chain on its way
 
 
@@ -39,9 +39,9 @@ class DualAveraging(NamedTuple):
 
 
 def start_dual_averaging(step_size: Tensor) -> DualAveraging:
-    """Begin at `step_size`; the search is drawn towards ten times that, since large steps are cheap to reject."""
+    """Begin at `step_size`, towards which the search stays drawn: it is of the right order already."""
     log_step = step_size.double().log()
-    return DualAveraging(log_step, log_step, torch.zeros_like(log_step), log_step + math.log(10.0), 0)
+    return DualAveraging(log_step, log_step, torch.zeros_like(log_step), log_step, 0)
 
 
 def dual_average(state: DualAveraging, acceptance: Tensor, target: float) -> DualAveraging:
@@ -52,11 +52,16 @@ def dual_average(state: DualAveraging, acceptance: Tensor, target: float) -> Dua
         log eps_{t+1}     = mu - sqrt(t) / gamma / (t + t0) * sum_{i<=t} H_i
         log eps_bar_{t+1} = t^{-kappa} log eps_{t+1} + (1 - t^{-kappa}) log eps_bar_t,
 
-    gamma = 0.05, t0 = 10, kappa = 0.75. Sampling uses eps_bar.
+    mu the log step at the start, gamma = 0.75 (1 - target), t0 = 10, kappa = 0.75. Sampling uses eps_bar.
+
+    Near the target the acceptance falls by a multiple of 1 - target per unit of log eps, so errors are answered in that
+    proportion. A gamma of 0.05 at all targets, as in Stan, answers an error by up to 3.2 times its size: below 0.8 the
+    steps swing with every noise in the rates, and since the acceptance falls faster above the right step than it rises
+    below, the mean of the swings is too small.
     """
     t = state.count + 1
     error_sum = state.error_sum + (target - acceptance.double())
-    log_step = state.centre - math.sqrt(t) / _GAMMA / (t + _T0) * error_sum
+    log_step = state.centre - math.sqrt(t) / (_GAMMA * (1 - target)) / (t + _T0) * error_sum
     weight = t**-_KAPPA
     return DualAveraging(log_step, weight * log_step + (1 - weight) * state.log_average, error_sum, state.centre, t)
 

@@ -181,7 +181,8 @@ def run(
 def _parameters_from(trajectory_length: float | Tensor | None) -> Callable[[Tensor, Metric], Parameters]:
     def make(step_size: Tensor, metric: Metric) -> Parameters:
         start = math.pi / 2 if trajectory_length is None else trajectory_length
-        length = torch.as_tensor(start).to(step_size).expand(step_size.shape[:-1]).clone()
+        length = torch.as_tensor(start, dtype=step_size.dtype, device=step_size.device)
+        length = length.expand(step_size.shape[:-1]).clone()
         return Parameters(step_size, metric, length)
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from arviz_stats.base import array_stats
 
 from bayesdl.errors import ConvergenceWarning, NumericalError, SettingError, ShapeError
 from bayesdl.inference.sample import sample
+from bayesdl.interop.arviz import nested_rhat
 from bayesdl.models.log_density import LogDensity
 
 QUICK = {"num_warmup": 60, "num_draws": 100, "num_steps": 6}
@@ -51,6 +53,7 @@ def test_diagnostics_are_plain_and_complete():
     assert found["engine"] == "hmc"
     assert {"rhat", "ess_bulk", "ess_tail", "divergences", "step_size", "acceptance_rate", "seconds"} <= set(found)
     assert len(found["e_bfmi"]) == 4
+    assert found["stuck_chains"] == []
     assert found["num_gradients"] > chains.stats["num_steps"][0].sum()
     assert np.shape(found["trace"]["log_density"]) == (4, 100)
     rhat = array_stats.rhat(chains.draws.numpy(), chain_axis=0, draw_axis=1)
@@ -203,6 +206,39 @@ def test_convergence_is_judged_on_the_quantities_of_interest():
     assert apart.diagnostics["rhat"] > 1.5
     together = sample(two_modes, dim=1, transform=lambda q: {"square": q[..., 0] ** 2}, **settings)
     assert together.diagnostics["rhat"] < 1.05
+    # the four chains have two starts
+    judge = float(nested_rhat(apart.draws[..., 0].numpy(), [0, 1, 0, 1]))
+    assert judge > 1.5
+    assert apart.diagnostics["nested_rhat"] == pytest.approx(judge)
+    assert together.diagnostics["nested_rhat"] < 1.05
+    assert "nested_rhat" not in sample(normal, dim=2, seed=3, **QUICK).diagnostics
+
+
+def test_many_short_chains_are_judged_by_nested_rhat():
+    """Chains of 12 draws in perfect order: R-hat asks for longer ones and is not heard, since starts are shared."""
+    start = 2 * torch.randn(8, 2, generator=torch.Generator().manual_seed(1)).repeat_interleave(16, 0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ConvergenceWarning)
+        chains = sample(normal, 2, num_chains=128, initial=start, num_warmup=60, num_draws=12, num_steps=3, seed=1)
+    assert chains.diagnostics["nested_rhat"] < 1.05 < chains.diagnostics["rhat"]
+    assert "R-hat" not in "".join(str(w.message) for w in told)
+
+
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+@pytest.mark.parametrize("sampler", ["hmc", "chees", "mams"])
+def test_a_stuck_chain_is_named(sampler):
+    """Two wells, of which the second lies 500 lower and is never left."""
+
+    def wells(q):
+        x = q[..., 0]
+        return torch.where(x < 20, -0.5 * x.square(), -500 - 0.5 * (x - 60).square()) - 0.5 * q[..., 1].square()
+
+    start = torch.zeros(4, 2, dtype=torch.float64)
+    start[2, 0] = 60.0
+    settings = {"initial": start + 0.1 * torch.arange(8.0).reshape(4, 2), "num_warmup": 60, "num_draws": 40}
+    found = sample(wells, 2, sampler, num_chains=4, seed=1, **settings).diagnostics
+    assert found["stuck_chains"] == [2]
+    json.dumps(found)
 
 
 def test_divergences_and_few_effective_draws_are_told():

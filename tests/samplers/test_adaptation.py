@@ -21,28 +21,41 @@ def numbers(*shape, seed=0):
 
 
 def test_dual_averaging_by_hand():
-    """Start 0.2, target 0.65, acceptances 0.3, 0.9, 0.55: mu = log 2; error sums 0.35, 0.10, 0.20."""
+    """Start 0.2, target 0.6, acceptances 0.3, 0.9, 0.55: mu = log 0.2; error sums 0.3, 0, 0.05; 1 / gamma = 10/3."""
     state = adaptation.start_dual_averaging(torch.tensor([0.2], dtype=torch.float64))
-    mu = math.log(2.0)
-    x1 = mu - 1.0 * 20 * 0.35 / 11
-    x2 = mu - math.sqrt(2) * 20 * 0.10 / 12
-    x3 = mu - math.sqrt(3) * 20 * 0.20 / 13
+    mu = math.log(0.2)
+    x1 = mu - 1.0 / 0.3 * 0.3 / 11
+    x2 = mu
+    x3 = mu - math.sqrt(3) / 0.3 * 0.05 / 13
     # Averages with weights 1, 2^-0.75, 3^-0.75.
     a2 = 2**-0.75 * x2 + (1 - 2**-0.75) * x1
     a3 = 3**-0.75 * x3 + (1 - 3**-0.75) * a2
     for acceptance, step, average in [(0.3, x1, x1), (0.9, x2, a2), (0.55, x3, a3)]:
-        state = adaptation.dual_average(state, torch.tensor([acceptance]), 0.65)
-        assert float(state.log_step_size) == pytest.approx(step, abs=1e-7)
-        assert float(state.log_average) == pytest.approx(average, abs=1e-7)
+        state = adaptation.dual_average(state, torch.tensor([acceptance], dtype=torch.float64), 0.6)
+        assert float(state.log_step_size) == pytest.approx(step, abs=1e-12)
+        assert float(state.log_average) == pytest.approx(average, abs=1e-12)
 
 
-def test_dual_averaging_finds_the_step_of_a_known_acceptance_curve():
-    """With acceptance exp(-eps / s) the target 0.7 is met at eps = -s log 0.7, for several s at once."""
-    scale = torch.tensor([1e-3, 1.0, 40.0], dtype=torch.float64)
-    state = adaptation.start_dual_averaging(torch.ones(3, dtype=torch.float64))
-    for _ in range(2000):
-        state = adaptation.dual_average(state, (-state.log_step_size.exp() / scale).exp(), 0.7)
-    torch.testing.assert_close(state.log_average.exp(), -scale * math.log(0.7), rtol=0.04, atol=0)
+@pytest.mark.parametrize(("target", "noise"), [(0.65, 0.1), (0.8, 0.1), (0.95, 0.03)])
+def test_dual_averaging_comes_near_the_target_in_fifty_transitions(target, noise):
+    """Normal energy errors of deviation (eps / s)^2 are accepted at the rate 2 Phi(-(eps / s)^2 / 2), for several s.
+
+    From a start that is off by up to a factor of three, the mean of 1000 searches is within 0.025 of the target, both
+    where rates are known and where they are means over few chains. Such a mean varies by 0.001. With the constants of
+    Stan, which swing with the noise, it is 0.04 too high for 0.65.
+    """
+    scale = torch.tensor([0.4, 1.0, 3.0], dtype=torch.float64).expand(1000, 3)
+    normal = torch.distributions.Normal(0.0, 1.0)
+
+    def rate(log_step):
+        return 2 * normal.cdf(-(log_step.exp() / scale).square() / 2)
+
+    for size in (0.0, noise):
+        state = adaptation.start_dual_averaging(torch.ones_like(scale))
+        for t in range(50):
+            seen = (rate(state.log_step_size) + size * numbers(1000, 3, seed=t)).clamp(0, 1)
+            state = adaptation.dual_average(state, seen, target)
+        assert ((rate(state.log_average) - target).mean(0).abs() < 0.025).all()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import pytest
@@ -57,6 +58,24 @@ def test_one_graph_serves_any_number_of_chains_and_blocks():
     start, settings = 0.3 * numbers(6, 10), {"num_warmup": 0, "num_draws": 5, "step_size": 0.3, "max_depth": 4}
     run = nuts.run(schools, start, compile=True, chain_batch=4, **settings)
     torch.testing.assert_close(run.draws, nuts.run(schools, start, **settings).draws, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checks", [True, False])
+def test_argument_checks_of_distributions_are_off_in_graphs_and_nowhere_else(checks):
+    """torch.compile switches them off for the whole process when first used, and tracing with them on fails."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(checks)
+    try:
+        compiled = value_and_grad(lambda q: torch.distributions.Normal(q.exp(), 2.0).log_prob(q).sum(-1), compile=True)
+        for num in (4, 1, 6):  # the second and the third call may trace again
+            q = numbers(num, 3)
+            value, grad = compiled(q)
+            torch.testing.assert_close(value, -((q - q.exp()) ** 2 / 8 + math.log(2 * math.sqrt(2 * math.pi))).sum(-1))
+            torch.testing.assert_close(grad, -(q - q.exp()) * (1 - q.exp()) / 4)
+            assert torch.distributions.Distribution._validate_args is checks
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from arviz_stats.base import array_stats
 from scipy import stats
 
 from bayesdl.errors import DtypeError, NumericalError, SettingError, ShapeError
-from bayesdl.samplers import Run, hmc, summarize
+from bayesdl.samplers import Run, chees, hmc, mams, summarize
 from bayesdl.samplers.base import value_and_grad
 from bayesdl.samplers.hamiltonian import dense_metric, diagonal_metric
 
@@ -171,12 +171,24 @@ def test_dense_metric_handles_a_rotated_ill_conditioned_gaussian():
 
 
 def test_acceptance_comes_near_the_target():
-    """The mean over three runs. For 0.7 it comes out near 0.79, give or take 0.015: averaged step sizes are small."""
+    """The mean over three runs, which varies by about 0.01 from seed to seed."""
     for target in (0.7, 0.95):
         settings = {"num_warmup": 300, "num_draws": 60, "num_steps": 8, "target_accept": target}
         runs = [hmc.run(normal, numbers(16, 10), seed=seed, **settings) for seed in range(3)]
         found = np.mean([summarize(run)["acceptance_rate"] for run in runs])
-        assert found == pytest.approx(target, abs=0.14)
+        assert found == pytest.approx(target, abs=0.08)
+
+
+def test_a_given_step_size_is_taken_to_its_last_digit():
+    """0.1 in float64, not the float32 next to it; one number or one per group, for trajectory lengths of ChEES too."""
+    settings = {"num_warmup": 0, "num_draws": 2}
+    for given in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        assert hmc.run(normal, numbers(3, 2), step_size=given, num_steps=2, **settings).step_size.item() == 0.1
+    given = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    assert torch.equal(hmc.run(normal, numbers(2, 3, 2), step_size=given, num_steps=2, **settings).step_size, given)
+    run = chees.run(normal, numbers(3, 2), step_size=0.1, trajectory_length=0.7, **settings)
+    assert (run.step_size.item(), run.trajectory_length.item()) == (0.1, 0.7)
+    assert mams.run(normal, numbers(3, 2), step_size=0.1, **settings).step_size.item() == 0.1
 
 
 def test_chains_that_start_far_away_at_very_different_scales_all_arrive():
