@@ -25,6 +25,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import argparse
 import csv
 import importlib.util
+import itertools
 import math
 import tempfile
 import time
@@ -93,15 +94,13 @@ def reference_piece(n: int, d: int, piece: int) -> dict[str, Tensor]:
 def reference(scratch: Path, sizes: list[int]) -> None:
     """Compute what is missing, one file for each piece of 50 tasks."""
     scratch.mkdir(parents=True, exist_ok=True)
-    for n in sizes:
-        for piece in range(TASKS // PIECE):
-            for d in DIMENSIONS:
-                path = scratch / f"gp_n{n}_d{d}_{piece}.safetensors"
-                if not path.exists():
-                    partial = path.with_suffix(".partial")
-                    save_file(reference_piece(n, d, piece), partial)
-                    partial.replace(path)
-                    print(path.name, flush=True)
+    for piece, n, d in itertools.product(range(TASKS // PIECE), sizes, DIMENSIONS):
+        path = scratch / f"gp_n{n}_d{d}_{piece}.safetensors"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            save_file(reference_piece(n, d, piece), partial)
+            partial.replace(path)
+            print(path.name, flush=True)
 
 
 def network_piece(posterior_of: Any, n: int, d: int, piece: int) -> tuple[Tensor, Tensor]:

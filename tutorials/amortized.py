@@ -5,9 +5,13 @@
 # network did that work before your data came: it was trained to predict, on data sets drawn from a prior, as the
 # posterior of that prior does. Reading your data is then one forward pass.
 #
-# The answer: it knows its prior. For data that could have come from there it says nearly what exact inference says,
-# for a hundred data sets in the time of one fit. For other data it is wrong the way the prior is wrong, and does not
+# The answer: it knows its prior. For data that could have come from there it says nearly what NUTS over the
+# hyper-parameters says, dozens of times sooner. For other data it is wrong the way the prior is wrong, and does not
 # notice: what holds for Gaussian processes with a bad kernel holds here, with one more approximation on top.
+#
+# It is not the fastest way to a Gaussian process. `ExactGP` finds the best hyper-parameters of all data sets in one
+# batch in a fraction of that time again; it is a little worse, since it ignores that they are uncertain. A network pays
+# where no such formula exists: learning curves, tables, simulators, any prior that one can draw from.
 #
 # The pictures go to the folder that BAYESDL_FIGURES names, by default `tutorials/figures`.
 
@@ -99,7 +103,7 @@ tasks = bdl.priors.tasks.HyperGP(
 drawn = tasks.sample(NUM_TASKS, NUM_POINTS + NUM_TEST, 1, torch.Generator().manual_seed(3))
 x, y = drawn.x.double(), drawn.y.double()
 seen, unseen = (x[:, :NUM_POINTS], y[:, :NUM_POINTS]), (x[:, NUM_POINTS:], y[:, NUM_POINTS:])
-raw = bdl.PFN.from_pretrained("gp", standardize=False)  # these data are in the network's own units
+raw = bdl.PFN.from_pretrained("gp", standardize=False, precision="float32")  # data in the network's own units
 
 rows = {}
 with warnings.catch_warnings():
@@ -117,7 +121,7 @@ print(f"lost to exact inference: {gap.mean():.3f} +- {gap.std() / NUM_TASKS**0.5
 # %% [markdown]
 # ## What it looks like, where it is right and where it is not
 # On the left a function like those of the prior. In the middle a step: no smooth function with these lengthscales, so
-# network and exact GP both overshoot, and agree on it. On the right the same smooth function asked far outside of the
+# network and exact GP both smooth it over, and call the rest noise. On the right the same smooth function asked far outside of the
 # inputs that the network was trained on: the GP returns to its prior; the network extrapolates something, and says so
 # with a warning.
 
@@ -156,9 +160,8 @@ show(figure, "amortized")
 # ## Where it fails, and what to do
 # The network is as good as its prior, and its prior was chosen by somebody else. Look at it
 # (the tutorial *task_priors*), train one on yours (`bayesdl pretrain --prior my_prior.py --out my.pfn`), or use the
-# network for what it is best at: many small data sets, fantasies of Bayesian optimisation, a first answer. For one
-# data set of twenty points `ExactGP` takes a fraction of a second too. And a network's uncertainty is about y: for a
-# posterior over means or quantiles, wrap it, `bdl.Martingale(engine)`.
+# network for what it is best at: priors without formulas, many small data sets, a first answer. And a network's
+# uncertainty is about y: for a posterior over means or quantiles, wrap it, `bdl.Martingale(engine)`.
 #
 # ## Exercises
 # 1. Fit `engine` (with its standardisation) to temperatures in Kelvin over days of a year. What do the units cost?

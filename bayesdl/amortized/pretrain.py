@@ -9,6 +9,7 @@ Reference: Mueller, Hollmann, Pineda Arango, Grabocka, Hutter (2022), arXiv 2112
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from bayesdl import _checks, _doors, _random
+from bayesdl._compiling import ArgumentChecksOff
 from bayesdl._version import __version__
 from bayesdl.amortized import _batches, _run
 from bayesdl.amortized._worker import PRECISIONS, OneDevice, Worker
@@ -147,7 +149,10 @@ class _Job:
         )  # fmt: skip
         if self.folder is not None:
             _run.resume(self.folder, self.run, self.schedule, self.settings)
-        module = torch.compile(network, dynamic=True) if self.compiled else network
+        module: torch.nn.Module = network
+        if self.compiled:
+            with ArgumentChecksOff():
+                module = torch.compile(network, dynamic=True)
         self.module, self.optimizer = self.worker.setup(module, self.run.optimizer)
 
     def step(self) -> None:
@@ -161,7 +166,8 @@ class _Job:
                 self.prior, self.architecture, schedule, self.seed, run.step, part, worker.rank, worker.device
             )
             with worker.apart(self.module, part + 1 < schedule.accumulate):
-                with worker.narrow():
+                traced = ArgumentChecksOff() if self.compiled else contextlib.nullcontext()
+                with worker.narrow(), traced:
                     raw = self.module(
                         batch.x, batch.y, batch.xs, batch.conditions, num_appended=batch.num_appended,
                         noiseless=batch.noiseless,

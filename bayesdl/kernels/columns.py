@@ -91,20 +91,24 @@ def check_positive(where: str, name: str, value: float | tuple[float, ...] | Non
 
 
 def difference_sum(p: Tensor, slope: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_j q_ij (u_j - u_i), shape (*b n k), and sum_ij q_ij, with q = p * slope, which overwrites p.
+    """sum_j q_ij (u_j - u_i), shape (*b n k), and sum_j q_ij, (*b n 1), with q = p * slope, which overwrites p.
 
     This is the part of a distance's gradient that both sides share.
     """
     n = p.shape[-1]
-    blocks = row_blocks(p, n, n)
-    if len(blocks) == 1:
-        # a column of ones beside u gives the sums of rows in the same product
+    if p.ndim > 2:
+        # a column of ones beside u gives the sums of rows in the same product, which saves a batch a pass over q
         both = p.mul_(slope) @ torch.cat([u, u.new_ones(()).expand(*u.shape[:-1], 1)], -1)
         by_row = both[..., -1:]
-        return torch.addcmul(both[..., :-1], u, by_row, value=-1.0), by_row.sum((-2, -1))
+        return torch.addcmul(both[..., :-1], u, by_row, value=-1.0), by_row
+    blocks = row_blocks(p, n, n)
+    if len(blocks) == 1:
+        q = p.mul_(slope)
+        by_row = q.sum(-1, keepdim=True)
+        return torch.addcmul(q @ u, u, by_row, value=-1.0), by_row
     out, by_row = torch.empty_like(u), u.new_empty(n, 1)
     for rows in blocks:
         q = p[rows].mul_(slope[rows])
         torch.sum(q, -1, keepdim=True, out=by_row[rows])
         torch.mm(q, u, out=out[rows]).addcmul_(u[rows], by_row[rows], value=-1.0)
-    return out, by_row.sum()
+    return out, by_row

@@ -96,10 +96,10 @@ class _Stationary(OnColumns):
         def pullback(p: Tensor) -> Params:
             grads = extra(p)
             total = None if outputscale is None or slope is value else inner(p, value)
-            differences, by_slope = difference_sum(p, slope, u)
+            differences, by_row = difference_sum(p, slope, u)
             per_column = differences.mul_(u).sum(-2)
             if outputscale is not None:
-                total = by_slope if total is None else total
+                total = by_row.sum((-2, -1)) if total is None else total
                 grads["outputscale"] = reduce_to(total, outputscale.shape) / outputscale
             if not self.ard:
                 per_column = per_column.sum(-1)
