@@ -103,7 +103,8 @@ tasks = bdl.priors.tasks.HyperGP(
 drawn = tasks.sample(NUM_TASKS, NUM_POINTS + NUM_TEST, 1, torch.Generator().manual_seed(3))
 x, y = drawn.x.double(), drawn.y.double()
 seen, unseen = (x[:, :NUM_POINTS], y[:, :NUM_POINTS]), (x[:, NUM_POINTS:], y[:, NUM_POINTS:])
-raw = bdl.PFN.from_pretrained("gp", standardize=False, precision="float32")  # data in the network's own units
+# these data are in the network's own units
+raw = bdl.PFN.from_pretrained("gp", standardize=False, precision="float32")
 
 rows = {}
 with warnings.catch_warnings():
