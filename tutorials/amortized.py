@@ -122,8 +122,9 @@ print(f"lost to exact inference: {gap.mean():.3f} +- {gap.std() / NUM_TASKS**0.5
 # %% [markdown]
 # ## What it looks like, where it is right and where it is not
 # On the left a function like those of the prior. In the middle a step: no smooth function with these lengthscales, so
-# network and exact GP both smooth it over, and call the rest noise. On the right the same smooth function asked far outside of the
-# inputs that the network was trained on: the GP returns to its prior; the network extrapolates something, and says so
+# network and exact GP both smooth it over, and call the rest noise. On the right the same smooth function asked far
+# outside of the inputs that the network was trained on: the GP returns to its prior; so, here, does the network, more
+# or less, and says so
 # with a warning.
 
 # %%
