@@ -171,9 +171,9 @@ def picture(engine: Any, rows: list[dict[str, Any]], levels: dict[int, Tensor]) 
             warnings.simplefilter("ignore")
             exact = bdl.NUTS(model, num_chains=2, num_warmup=200, num_draws=200, standardize=False)
             wanted = exact.fit(context, targets, seed=0).predict(grid)
-        levels_of_band = torch.tensor([0.05, 0.95], dtype=torch.float64).reshape(2, 1)
+        levels_of_band = torch.tensor([0.05, 0.95], dtype=torch.float64)
         for distribution, color, label in ((wanted, "C0", "GP, NUTS"), (ours, "C1", "network")):
-            low, high = distribution.icdf(levels_of_band.to(distribution.mean))
+            low, high = distribution.quantile(levels_of_band.to(distribution.mean))
             panel.plot(grid, distribution.mean.detach(), color=color, label=label)
             for edge in (low, high):
                 panel.plot(grid, edge.detach(), color=color, lw=0.8, ls="--")

@@ -21,7 +21,7 @@ architecture = Architecture(
     max_inputs=1, head="mixture", outputs=10, width=96, num_layers=4, hidden=256, num_conditions=1
 )
 schedule = Schedule(
-    num_steps=14_000, batch=24, n_min=1, n_max=90, num_queries=16, rows=100, decay="linear", appended_share=0.25,
+    num_steps=6_500, batch=24, n_min=1, n_max=90, num_queries=16, rows=100, decay="linear", appended_share=0.25,
     noiseless_share=0.25,
 )  # fmt: skip
 card = {"name": "learning-curve", "licence": "Apache-2.0", "inputs": "raw", "targets": "raw"}
