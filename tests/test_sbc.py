@@ -292,7 +292,7 @@ def test_truths_of_a_process_prior_are_draws_of_their_priors_and_their_likelihoo
 
 def test_hmc_on_a_process_is_calibrated_in_batches():
     """Five quantities, 24 replications, the smallest p-value above 0.01 / 5: a false alarm for 1 in 100 seeds."""
-    engine = bdl.HMC(process(), num_chains=4, num_warmup=60, num_draws=60, num_steps=6, standardize=False)
+    engine = bdl.HMC(process(), num_chains=4, num_warmup=100, num_draws=120, num_steps=8, standardize=False)
     result = sbc(engine, ProcessPrior(process(), X), 24, 30, seed=3, batch_size=24)
     names = ("kernel.outputscale", "kernel.base.lengthscale", "noise_variance", "mean", "log_likelihood")
     assert set(result.names) == set(names)

@@ -282,7 +282,7 @@ def drop(*names):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (put("form", value="sparse"), "form must be one of ['closed_form', 'draws'"),
+        (put("form", value="sparse"), "form must be one of ['amortized', 'closed_form'"),
         (put("form", value="draws"), "a DrawsPosterior has a BNN"),
         (put("model", value={"kind": "kernels.RBF"}), "a GPPosterior has a GP"),
         (put("model", value=3), "a GPPosterior has a GP"),

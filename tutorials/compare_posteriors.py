@@ -172,8 +172,8 @@ if "gp" in bdl.amortized.shipped():
 
 # %%
 completed = bdl.Martingale(bdl.ExactGP(gp), num_rollouts=100, horizon=240).fit(data.x, data.y, seed=0)
-low, high = completed.functional("mean").quantile([0.05, 0.95])
-print(f"mean of y in the population: {low:.2f} to {high:.2f} with probability 0.9; in the sample {data.y.mean():.2f}")
+least, most = completed.functional("mean").quantile([0.05, 0.95])
+print(f"mean of y in the population: {least:.2f} to {most:.2f} with probability 0.9; in the sample {data.y.mean():.2f}")
 
 # %% [markdown]
 # A sampler can stop too early without any error, so ask it. R-hat compares the chains on function values
@@ -346,6 +346,6 @@ assert stiff_rhat < 1.1
 assert stiff_known["worst error there, in sd"] > 5
 assert stiff_score > among_data.loc["network by HMC", "NLPD"] + 0.3
 # The sample mean is among the means that the population may have.
-assert low < data.y.mean() < high
+assert least < data.y.mean() < most
 # Twenty inducing points carry what sixty data say.
 assert exact.log_evidence - 1 < sparse.diagnostics["elbo"]

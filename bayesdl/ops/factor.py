@@ -73,13 +73,14 @@ def factor_or_retry(a: Tensor, max_tries: int = 6) -> tuple[CholeskyResult, bool
 def _retry(a: Tensor, factor: Tensor, jitter: Tensor, failed: Tensor, max_tries: int) -> CholeskyResult:
     shape, n = a.shape, a.shape[-1]
     a, factor, jitter, failed = a.reshape(-1, n, n), factor.reshape(-1, n, n), jitter.reshape(-1), failed.reshape(-1)
-    scale = a.detach().diagonal(dim1=-2, dim2=-1).mean(-1).abs()
+    matrix, factor = a.detach(), factor.detach()
+    scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).abs()
     todo = failed.nonzero().squeeze(-1)
     level = _FIRST_JITTER.get(a.dtype, 1e-6)
     for _ in range(max_tries):
         added = level * scale[todo]
-        attempt, info = torch.linalg.cholesky_ex(a[todo] + torch.diag_embed(added[:, None].expand(-1, n)))
-        good = (info == 0) & attempt.detach()[:, -1, -1].isfinite()
+        attempt, info = torch.linalg.cholesky_ex(_with_jitter(matrix[todo], added))
+        good = (info == 0) & attempt[:, -1, -1].isfinite()
         done = todo[good]
         factor = factor.index_copy(0, done, attempt[good])
         jitter = jitter.index_copy(0, done, added[good])
@@ -88,6 +89,15 @@ def _retry(a: Tensor, factor: Tensor, jitter: Tensor, failed: Tensor, max_tries:
             break
         level *= 10
     lost = torch.zeros_like(failed).index_fill(0, todo, True)
+    if a.requires_grad:
+        # The backward of a factorisation that failed is NaN for a gradient of 0 too: none may stay in the graph.
+        kept = (~lost).nonzero().squeeze(-1)
+        again = torch.linalg.cholesky_ex(_with_jitter(a[kept], jitter[kept]))[0]
+        factor = factor.index_copy(0, kept, again)
     factor = factor.masked_fill(lost[:, None, None], torch.nan)
     jitter = jitter.masked_fill(lost, torch.nan)
     return CholeskyResult(factor.reshape(shape), jitter.reshape(shape[:-2]), lost.reshape(shape[:-2]))
+
+
+def _with_jitter(a: Tensor, jitter: Tensor) -> Tensor:
+    return a + torch.diag_embed(jitter[:, None].expand(-1, a.shape[-1]))

@@ -78,3 +78,18 @@ def test_the_factor_is_differentiable_with_and_without_jitter():
 def test_other_shapes_are_refused():
     with pytest.raises(ShapeError, match="n, n"):
         ops.cholesky(torch.zeros(3, 2))
+
+
+def test_gradients_pass_a_matrix_that_needed_jitter():
+    """Two equal rows: the first factorisation fails, and its backward must not reach the gradient, not even times 0."""
+    a = _spd(3)
+    a[1] = torch.eye(5, dtype=torch.float64)
+    a[1, :3, :3] = torch.tensor([[2.0, 0.6, 0.6], [0.6, 1.5, 1.5], [0.6, 1.5, 1.5]], dtype=torch.float64)
+    a.requires_grad_()
+    result = ops.cholesky(a)
+    assert float(result.jitter[1]) > 0
+    # the diagonal of L L' is that of A, whatever the jitter: its gradient is the identity
+    total = (result.factor @ result.factor.mT).diagonal(dim1=-2, dim2=-1).sum()
+    (slope,) = torch.autograd.grad(total, a)
+    eye = torch.eye(5, dtype=torch.float64).expand(3, 5, 5)
+    torch.testing.assert_close(slope, eye, rtol=1e-4, atol=1e-4)
