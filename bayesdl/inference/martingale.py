@@ -35,6 +35,8 @@ from bayesdl.posterior._completed import Completed, CompletedGP
 
 Law = Callable[[int, torch.Generator], Tensor]
 
+_HORIZON = 200
+
 
 @dataclass(frozen=True)
 class Martingale:
@@ -49,7 +51,8 @@ class Martingale:
         engine: The rule: any engine, or an object with `fit(x, y, *, seed)` whose result has `predict(x)` and may have
             `condition_on(x, y)`.
         num_rollouts: L, how many draws the posterior has.
-        horizon: N, how many points each rollout draws. A mean over n observed points has about N / (n + N) of its
+        horizon: N, how many points each rollout draws; None for 200, or as many as a network's trained range leaves
+            beside the data where that is fewer. A mean over n observed points has about N / (n + N) of its
             variance in the limit; f(x) has `posterior.horizon_coverage(x)`.
         covariates: Where the rollouts go: "urn" (Polya's urn over the observed inputs: the Bayesian bootstrap of x);
             "box" (space-filling points of the box around them); a law, callable as law(count, generator) -> (count, d);
@@ -62,14 +65,15 @@ class Martingale:
 
     engine: Any
     num_rollouts: int = 100
-    horizon: int = 200
+    horizon: int | None = None
     covariates: str | Law | Any = "urn"
     refit_every: int = 10
     progress: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_rollouts", "horizon", "refit_every"):
-            _checks.at_least("Martingale", name, getattr(self, name), 1, integer=True)
+            if getattr(self, name) is not None:
+                _checks.at_least("Martingale", name, getattr(self, name), 1, integer=True)
         if not callable(getattr(self.engine, "fit", None)):
             wanted = "engine must be an engine: something with fit(x, y, *, seed)."
             fix = "bdl.Martingale(bdl.ExactGP(model))"
@@ -92,7 +96,8 @@ class Martingale:
 
         Raises:
             ShapeError, DataError, DtypeError, DeviceError: The data or the covariates cannot be used.
-            SettingError: The engine can neither be updated nor fitted to a batch of data sets, or the rollouts take
+            SettingError: A network has not been trained on as many points as data and horizon; the engine can neither
+                be updated nor fitted to a batch of data sets, or the rollouts take
                 more memory than there is.
             NumericalError: A Gaussian process could not be extended along a rollout.
 
@@ -108,13 +113,14 @@ class Martingale:
         data = training_data("Martingale.fit", x, y)
         fit_seed, law_seed, draw_seed, refit_seed = child_seeds(seed, 4)
         base = self.engine.fit(x, y, seed=fit_seed)
+        horizon = self._horizon(base, data.x.shape[-2])
         device = data.x.device
         source = torch.Generator(device).manual_seed(law_seed)
-        plan = covariate_plan(self.covariates, data, self.num_rollouts, self.horizon, source)
+        plan = covariate_plan(self.covariates, data, self.num_rollouts, horizon, source)
         source = torch.Generator(device).manual_seed(draw_seed)
-        shape = (self.num_rollouts, self.horizon, data.y.shape[-1])
+        shape = (self.num_rollouts, horizon, data.y.shape[-1])
         u = torch.rand(shape, generator=source, dtype=torch.float64, device=device).clamp_min(2.0**-54)
-        watch = Watch(base, probes_of(data.x, plan), self.num_rollouts, self.horizon)
+        watch = Watch(base, probes_of(data.x, plan), self.num_rollouts, horizon)
         with torch.no_grad():
             if isinstance(base, GPPosterior):
                 method, completed, drawn = "joint", *self._joint(base, plan, u, watch)
@@ -125,7 +131,7 @@ class Martingale:
             "rule": type(self.engine).__name__,
             "num_data": data.x.shape[-2],
             "num_rollouts": self.num_rollouts,
-            "horizon": self.horizon,
+            "horizon": horizon,
             "covariates": _name(self.covariates),
             "method": method,
             "drift": watch.report(),
@@ -143,10 +149,23 @@ class Martingale:
         self._verdict(diagnostics)
         return made()
 
+    def _horizon(self, base: Any, n: int) -> int:
+        """N, within what a network can read."""
+        most = getattr(base, "max_points", None)
+        if most is None:
+            return _HORIZON if self.horizon is None else self.horizon
+        found = min(_HORIZON, most - n) if self.horizon is None else self.horizon
+        if not 1 <= found <= most - n:
+            wanted = f"data and horizon together must not exceed the {most} points that the network was trained on."
+            got = f"{n} points" + ("" if self.horizon is None else f", horizon={self.horizon}")
+            fix = f"horizon={most - n}" if n < most else "a subset of the data, or bdl.Martingale(bdl.ExactGP(model))"
+            fail(SettingError, "Martingale.fit", wanted, got=got, fix=fix)
+        return found
+
     def _joint(self, gp: GPPosterior, plan: Tensor, u: Tensor, watch: Watch) -> tuple[Completed, Tensor]:
         """All steps of a Gaussian process at once, as they would come one after another."""
-        n, k = gp._data.x.shape[-2], u.shape[-1]
-        needed = 8 * plan.shape[:-2].numel() * k * (n * self.horizon + 4 * self.horizon**2)
+        n, (horizon, k) = gp._data.x.shape[-2], u.shape[-2:]
+        needed = 8 * plan.shape[:-2].numel() * k * (n * horizon + 4 * horizon**2)
         budget = default_memory(plan.device)
         if needed > budget:
             wanted = f"the rollouts must fit a memory of {budget / 2**30:.3g} GiB."
@@ -174,7 +193,7 @@ class Martingale:
             method, rule = "update", Updated.start(self.engine, base, data, num, seed)
         else:
             method, rule = "refit", Refitted(self.engine, base, data, None, num, self.refit_every, seed)
-        with tqdm(total=self.horizon, desc="Martingale", disable=not self.progress) as bar:
+        with tqdm(total=u.shape[-2], desc="Martingale", disable=not self.progress) as bar:
 
             def keep(parts: list[Tensor]) -> None:
                 bar.update(parts[-1].shape[-2])

@@ -111,6 +111,11 @@ class AmortizedPosterior(Posterior):
         diagnostics = {**diagnostics, "num_data": n, "num_inputs": d, "inside_range": inside}
         return cls(model, data, units, diagnostics, reader=reader, settings=settings, context=context, num_read=n)
 
+    @property
+    def max_points(self) -> int:
+        """The largest number of points that the network was trained to read."""
+        return int(self._reader.card["ranges"]["n"][1])
+
     def predict(self, x: Any, *, noise: bool = True) -> Distribution:
         """Bars or a mixture of Gaussians for y (for f with noise=False), or class probabilities.
 

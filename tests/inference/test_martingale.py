@@ -552,3 +552,20 @@ def test_a_network_is_a_rule_and_reads_its_context_once(head, tmp_path):
         assert predictive.quantile(0.5).shape == (4,)
         posterior.save(tmp_path / "p.bdl")
         torch.testing.assert_close(bdl.load(tmp_path / "p.bdl").functions(6)(points), means)
+
+
+def test_rollouts_stay_within_what_a_network_was_trained_to_read():
+    """By default they end there; a longer horizon, or data that leave none, is refused before anything is drawn."""
+    rng = np.random.default_rng(1)
+    x, y = torch.tensor(rng.normal(size=(9, 2))), torch.tensor(rng.normal(size=9))
+    pfn = bdl.PFN(toy_network("mixture"))
+    most = pfn.network.card["ranges"]["n"][1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an untrained network is no martingale
+        posterior = bdl.Martingale(pfn, num_rollouts=3).fit(x, y)
+    assert posterior.diagnostics["horizon"] == most - 9
+    with pytest.raises(SettingError, match=rf"(?s)horizon={most - 8}.*fix  horizon={most - 9}"):
+        bdl.Martingale(pfn, num_rollouts=3, horizon=most - 8).fit(x, y)
+    many = torch.tensor(rng.normal(size=(most, 3)))
+    with pytest.raises(SettingError, match="a subset of the data"):
+        bdl.Martingale(pfn, num_rollouts=3).fit(many[:, :2], many[:, 2])
