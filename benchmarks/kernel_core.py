@@ -213,7 +213,7 @@ def evidence_rows(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Marginal likelihood and gradient at every size, for RBF and Matern-5/2."""
     for (batch, n), goals in FLOOR_GOALS.items():
         for (name, base), goal in zip((("rbf", RBF()), ("matern52", Matern(nu=2.5))), goals, strict=True):
-            if n > args.max_n:
+            if not args.min_n <= n <= args.max_n:
                 continue
             problem = make_problem(batch, n)
             ours = bayesdl_side(problem, Scale(base))
@@ -464,6 +464,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="CPU seconds for each row")
     parser.add_argument("--repeats", type=int, default=400, help="turns of each side at most")
     parser.add_argument("--max-n", type=int, default=2000, help="leave out larger problems")
+    parser.add_argument("--min-n", type=int, default=0, help="leave out smaller problems of `evidence`")
     parser.add_argument("--peak-of", nargs=2, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
