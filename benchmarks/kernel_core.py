@@ -63,7 +63,7 @@ SECTIONS = ("evidence", "fit", "fantasy", "nngp", "memory")
 
 
 class Problem(NamedTuple):
-    """B regression problems of N points, each with hyper-parameters of its own."""
+    """B regression problems of N points, each with hyper-parameters of its own; one problem has no batch axis."""
 
     x: Tensor
     y: Tensor
@@ -79,7 +79,10 @@ def make_problem(batch: int, n: int, seed: int = 0) -> Problem:
     x = torch.rand(batch, n, NUM_COLUMNS, generator=g, dtype=torch.float64)
     y = torch.sin(3 * x.sum(-1)) + 0.1 * torch.randn(batch, n, generator=g, dtype=torch.float64)
     spread = torch.rand(batch, NUM_COLUMNS + 3, generator=g, dtype=torch.float64)
-    return Problem(x, y, 0.5 + spread[:, :6], 0.5 + spread[:, 6], 0.02 + 0.1 * spread[:, 7], 0.2 * spread[:, 8] - 0.1)
+    problem = Problem(
+        x, y, 0.5 + spread[:, :6], 0.5 + spread[:, 6], 0.02 + 0.1 * spread[:, 7], 0.2 * spread[:, 8] - 0.1
+    )
+    return Problem(*(value.squeeze(0) for value in problem)) if batch == 1 else problem
 
 
 def bayesdl_side(problem: Problem, kernel: Kernel) -> Callable[[], dict[str, Tensor]]:
@@ -105,7 +108,7 @@ def gpytorch_side(problem: Problem, kernel: str) -> tuple[Callable[[], dict[str,
     """The timed call (value and backward onto the raw parameters), and the same with gradients in natural units."""
     import gpytorch
 
-    batch = torch.Size([problem.x.shape[0]])
+    batch = problem.x.shape[:-2]
     noise_floor = gpytorch.constraints.GreaterThan(1e-8)
     likelihood = gpytorch.likelihoods.GaussianLikelihood(batch_shape=batch, noise_constraint=noise_floor)
 
@@ -124,9 +127,9 @@ def gpytorch_side(problem: Problem, kernel: str) -> tuple[Callable[[], dict[str,
 
     model = Model().double()
     model.train()
-    model.covar_module.base_kernel.lengthscale = problem.lengthscale[:, None, :]
+    model.covar_module.base_kernel.lengthscale = problem.lengthscale.unsqueeze(-2)
     model.covar_module.outputscale = problem.outputscale
-    likelihood.noise = problem.noise[:, None]
+    likelihood.noise = problem.noise.unsqueeze(-1)
     model.mean_module.constant.data.copy_(problem.mean)
     mll = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)
     n = problem.x.shape[-2]
@@ -161,8 +164,8 @@ def floor_side(problem: Problem, kernel: Kernel) -> Callable[[], None]:
 
     params = {"outputscale": problem.outputscale, "base.lengthscale": problem.lengthscale}
     eye = torch.eye(problem.x.shape[-2], dtype=torch.float64)
-    k = kernel(problem.x, None, params) + problem.noise[:, None, None] * eye
-    matrices = [matrix.numpy().copy(order="F") for matrix in k]
+    k = kernel(problem.x, None, params) + problem.noise[..., None, None] * eye
+    matrices = [matrix.numpy().copy(order="F") for matrix in k.reshape(-1, *eye.shape)]
 
     def run() -> None:
         for matrix in matrices:

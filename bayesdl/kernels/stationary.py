@@ -11,6 +11,7 @@ q = dL/d(d2) and u = x / lengthscale,
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -84,7 +85,8 @@ class _Stationary(OnColumns):
             params: Values of the hyper-parameters.
             outputscale: () or (*b), positive; in the second case the other hyper-parameters have the same batch axes.
         """
-        with torch.no_grad():
+        # Entering no_grad takes as long as a small operation, and `ops.mll_and_grad` is in it already.
+        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             u, _ = self._scaled(x, params)
             u = torch.sub(u, u.sum(-2, keepdim=True), alpha=1.0 / max(1, u.shape[-2]))
             log_scale = None if outputscale is None else outputscale.log()
