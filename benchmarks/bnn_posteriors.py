@@ -49,7 +49,7 @@ TEST_INPUTS, MEMBERS = 500, 800
 # that each chain of every other method gets.
 SIZES = {
     "concrete": {"num_steps": 400, "num_warmup": 120, "num_draws": 250, "passes": 6000},
-    "kin8nm": {"num_steps": 400, "num_warmup": 60, "num_draws": 80, "passes": 1000},
+    "kin8nm": {"num_steps": 400, "num_warmup": 120, "num_draws": 250, "passes": 2000},
 }
 
 

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from bayesdl import _checks
 from bayesdl._compiling import ArgumentChecksOff
+from bayesdl.samplers._repeated import Carry, Loops, Step, in_python
 
 Evaluate: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 
 class ValueAndGradient:
     """Gives the log density (*g, C) and its gradient (*g, C, D) at q (*g, C, D); see `samplers.base.value_and_grad`.
+
+    A log density that has one of these as its attribute `value_and_grad` keeps what was compiled from run to run.
 
     Attributes:
         log_density: The value alone, in the same blocks of chains.
@@ -29,7 +32,13 @@ class ValueAndGradient:
             _checks.at_least("value_and_grad", "chain_batch", chain_batch, 1, integer=True)
         self._block = chain_batch
         self._value = log_density
-        self._whole = _Compiled(log_density) if compile else _eager(log_density)
+        known = getattr(log_density, "value_and_grad", None)
+        self._loops: Loops | None
+        if isinstance(known, ValueAndGradient):
+            self._whole, self._loops = known._whole, known._loops
+        else:
+            self._whole = _Compiled(log_density) if compile else _eager(log_density)
+            self._loops = Loops(_traceable(log_density)) if compile else None
 
     def __call__(self, q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         """`rest` goes to the log density after q; tensors in it have the chains on their first axis."""
@@ -38,6 +47,22 @@ class ValueAndGradient:
         parts = [self._whole(*part) for part in self._blocks(q, rest)]
         values, grads = zip(*parts, strict=True)
         return torch.cat(values, -1), torch.cat(grads, -2)
+
+    def repeat(self, step: Step, carry: Carry, constants: Any, num_steps: int) -> Carry:
+        """`num_steps` times carry <- step(self, carry, constants, last), where compiled as one graph.
+
+        Args:
+            step: A function of a module; it gets this, a tuple of tensors whose first is positions (*g, C, D), the
+                constants and whether this step is the last, and returns a tuple of the same shapes and dtypes.
+            carry: What goes from step to step.
+            constants: Tensors, alone or in tuples.
+            num_steps: At least 1.
+        """
+        if self._loops is not None and (self._block is None or carry[0].shape[-2] <= self._block):
+            found = self._loops.run(step, carry, constants, num_steps)
+            if found is not None:
+                return found
+        return in_python(self, step, carry, constants, num_steps)
 
     def log_density(self, q: Tensor, *rest: Tensor | None) -> Any:
         """The log density at q, (*g, C)."""
@@ -129,7 +154,8 @@ def _traced(make: Callable[..., Evaluate], log_density: Callable[..., Tensor]) -
     return evaluate
 
 
-def _one_graph(log_density: Callable[..., Tensor]) -> Evaluate:
+def _traceable(log_density: Callable[..., Tensor]) -> Evaluate:
+    """Value and gradient by functional transformations alone, as a graph wants them."""
     known = getattr(log_density, "value_and_grad", None)
 
     def total(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,7 +169,11 @@ def _one_graph(log_density: Callable[..., Tensor]) -> Evaluate:
             grad, value = torch.func.grad(total, has_aux=True)(q, *rest)
         return value, _finite(grad)
 
-    compiled = torch.compile(both, fullgraph=True)
+    return both
+
+
+def _one_graph(log_density: Callable[..., Tensor]) -> Evaluate:
+    compiled = torch.compile(_traceable(log_density), fullgraph=True)
 
     def evaluate(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

@@ -21,12 +21,14 @@ the volume is derived in Robnik, Cohn-Gordon & Seljak (2025), arXiv 2503.01707. 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayesdl.errors import ShapeError, fail
+from bayesdl.samplers._gradients import ValueAndGradient
+from bayesdl.samplers._repeated import in_python, pick
 from bayesdl.samplers.adaptation import pool_step_sizes
 from bayesdl.samplers.base import ValueAndGrad
 from bayesdl.samplers.hamiltonian import MAX_ENERGY_ERROR, Metric
@@ -140,17 +142,33 @@ def integrate(
     q, velocity, log_density, grad = point
     first, *kicks = scheme.kicks
     full = step_size.unsqueeze(-1)
-    stages = [(drift * full, part * full) for drift, part in zip(scheme.drifts, kicks, strict=True)]
-    between = [*stages[:-1], (stages[-1][0], (kicks[-1] + first) * full)]
     velocity, logarithm = _turn(velocity, metric.whiten(grad), first * full)
-    for drift, part in between * (num_steps - 1) + stages:
+    parts = tuple((drift * full, part * full) for drift, part in zip(scheme.drifts, kicks, strict=True))
+    constants = (parts, (kicks[-1] + first) * full, metric)
+    carry = (q, velocity, log_density, grad, logarithm)
+    if isinstance(evaluate, ValueAndGradient):
+        carry = evaluate.repeat(_stages, carry, constants, num_steps)
+    else:
+        carry = in_python(evaluate, _stages, carry, constants, num_steps)
+    *end, logarithm = carry
+    turns = 1 + num_steps * len(parts)
+    kinetic = (q.shape[-1] - 1) * (logarithm.squeeze(-1) - turns * math.log(2))
+    return Point(*end), kinetic
+
+
+def _stages(
+    evaluate: ValueAndGrad, carry: tuple[Tensor, ...], constants: Any, last: bool | Tensor
+) -> tuple[Tensor, ...]:
+    """One step: drifts and kicks in turn; but for the last step, the last kick is merged with the first of the next."""
+    q, velocity, log_density, grad, logarithm = carry
+    parts, merged, metric = constants
+    for i, (drift, part) in enumerate(parts):
         q = torch.addcmul(q, drift, rate(velocity, metric))
         log_density, grad = evaluate(q)
-        velocity, change = _turn(velocity, metric.whiten(grad), part)
+        time = part if i < len(parts) - 1 else pick(last, part, merged)
+        velocity, change = _turn(velocity, metric.whiten(grad), time)
         logarithm = logarithm + change
-    turns = 1 + num_steps * len(stages)
-    kinetic = (q.shape[-1] - 1) * (logarithm.squeeze(-1) - turns * math.log(2))
-    return Point(q, velocity, log_density, grad), kinetic
+    return q, velocity, log_density, grad, logarithm
 
 
 def rate(velocity: Tensor, metric: Metric) -> Tensor:
@@ -158,7 +176,7 @@ def rate(velocity: Tensor, metric: Metric) -> Tensor:
     if metric.kind == "diagonal":
         return velocity * metric.root.unsqueeze(-2)
     if metric.dense:
-        return velocity @ metric.root.mT
+        return (metric.root @ velocity.mT).mT  # a graph with a loop takes no view of what stays the same in it
     return metric.velocity(metric.momentum(velocity))  # L L' L^{-T} u
 
 

@@ -11,11 +11,13 @@ Reference: Neal (2011), MCMC using Hamiltonian dynamics, arXiv 1206.1901.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayesdl.samplers._gradients import ValueAndGradient
+from bayesdl.samplers._repeated import in_python, pick
 from bayesdl.samplers.base import ValueAndGrad
 
 MAX_ENERGY_ERROR = 1000.0  # beyond it a trajectory counts as divergent
@@ -108,7 +110,9 @@ class Metric(NamedTuple):
 
     def _along(self, p: Tensor, factors: Tensor) -> Tensor:
         """S U (factors - I) U' S p."""
-        return ((p @ self.directions) * (factors - 1).unsqueeze(-2)) @ self.directions.mT
+        # A graph with a loop takes no view of what stays the same in it, so it is not the directions that are transposed.
+        inside = (p @ self.directions) * (factors - 1).unsqueeze(-2)
+        return (self.directions @ inside.mT).mT
 
 
 class State(NamedTuple):
@@ -172,15 +176,21 @@ def leapfrog(
     Cost: num_steps gradients and O(C D) a step besides, O(C D^2) with a dense and O(C D r) with a low-rank metric.
     """
     full = step_size.unsqueeze(-1)
-    apart = metric.kind == "diagonal"
-    scaled = full * metric.inverse_mass.unsqueeze(-2) if apart else full
-    log_density = grad
-    p = torch.addcmul(p, full, grad, value=0.5)
-    for i in range(num_steps):
-        q = torch.addcmul(q, p if apart else metric.velocity(p), scaled)
-        log_density, grad = evaluate(q)
-        p = torch.addcmul(p, full, grad, value=1.0 if i < num_steps - 1 else 0.5)
-    return q, p, log_density, grad
+    scaled = full * metric.inverse_mass.unsqueeze(-2) if metric.kind == "diagonal" else full
+    carry = (q, torch.addcmul(p, full, grad, value=0.5), grad[..., 0], grad)
+    constants = (full, 0.5 * full, scaled, metric)
+    if isinstance(evaluate, ValueAndGradient):
+        return evaluate.repeat(_leap, carry, constants, num_steps)
+    return in_python(evaluate, _leap, carry, constants, num_steps)
+
+
+def _leap(evaluate: ValueAndGrad, carry: tuple[Tensor, ...], constants: Any, last: bool | Tensor) -> tuple[Tensor, ...]:
+    """A drift and a kick; the last kick is half as long."""
+    q, p, _, _ = carry
+    full, half, scaled, metric = constants
+    q = torch.addcmul(q, p if metric.kind == "diagonal" else metric.velocity(p), scaled)
+    log_density, grad = evaluate(q)
+    return q, torch.addcmul(p, pick(last, half, full), grad), log_density, grad
 
 
 def leapfrog_path(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from bayesdl.errors import ShapeError
-from bayesdl.samplers import nuts, sghmc
+from bayesdl.samplers import _microcanonical, chees, hamiltonian, nuts, sghmc
 from bayesdl.samplers._gradients import ValueAndGradient
 from bayesdl.samplers.base import value_and_grad
 
@@ -58,6 +59,83 @@ def test_one_graph_serves_any_number_of_chains_and_blocks():
     start, settings = 0.3 * numbers(6, 10), {"num_warmup": 0, "num_draws": 5, "step_size": 0.3, "max_depth": 4}
     run = nuts.run(schools, start, compile=True, chain_batch=4, **settings)
     torch.testing.assert_close(run.draws, nuts.run(schools, start, **settings).draws, rtol=1e-7, atol=1e-7)
+
+
+def metrics():
+    spread = 0.5 + numbers(10, seed=3).square()
+    basis, _ = torch.linalg.qr(numbers(10, 2, seed=4))
+    dense = numbers(10, 10, seed=5)
+    return {
+        "diagonal": hamiltonian.diagonal_metric(spread),
+        "dense": hamiltonian.dense_metric(dense @ dense.mT / 10 + torch.eye(10, dtype=torch.float64)),
+        "low-rank": hamiltonian.low_rank_metric(spread, basis, torch.tensor([4.0, 0.2], dtype=torch.float64)),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["diagonal", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dense", "low-rank"))]
+)
+def test_a_trajectory_is_one_graph_whatever_its_length(kind):
+    """Positions, momenta, values and gradients of the loop inside the graph are those of the loop in Python."""
+    metric, q, p = metrics()[kind], 0.3 * numbers(6, 10), numbers(6, 10, seed=1)
+    eager, compiled = value_and_grad(schools), value_and_grad(schools, compile=True)
+    grad, size = eager(q)[1], torch.linspace(0.05, 0.1, 6, dtype=torch.float64)
+    before = graphs()
+    for num_steps in (5, 2, 9):
+        found = hamiltonian.leapfrog(compiled, q, p, grad, size, metric, num_steps)
+        for got, wanted in zip(found, hamiltonian.leapfrog(eager, q, p, grad, size, metric, num_steps), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    assert graphs() - before == 1
+    assert not compiled._loops._failed
+
+
+@pytest.mark.parametrize("scheme", ["minimal-norm", pytest.param("leapfrog", marks=pytest.mark.slow)])
+def test_microcanonical_paths_are_one_graph_too(scheme):
+    q, eager, compiled = 0.3 * numbers(6, 10), value_and_grad(schools), value_and_grad(schools, compile=True)
+    point = _microcanonical.Point(q, _microcanonical.unit(numbers(6, 10, seed=1)), *eager(q))
+    size = torch.tensor([0.2], dtype=torch.float64)
+    for num_steps in (4, 7):
+        rest = (point, size, metrics()["dense"], num_steps, _microcanonical.SCHEMES[scheme])
+        found, kinetic = _microcanonical.integrate(compiled, *rest)
+        wanted, change = _microcanonical.integrate(eager, *rest)
+        for got, right in zip((*found, kinetic), (*wanted, change), strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-10)
+    assert not compiled._loops._failed
+
+
+def test_what_cannot_be_looped_over_is_walked_step_by_step(monkeypatch):
+    """One warning, the numbers of the eager code, and no second try."""
+    monkeypatch.setattr("bayesdl.samplers._repeated._graph", lambda evaluate, step: 1 / 0)
+    q, p, eager = 0.3 * numbers(4, 10), numbers(4, 10, seed=1), value_and_grad(schools)
+    compiled = value_and_grad(schools, compile=True)
+    compiled._whole = eager
+    rest = (eager(q)[1], torch.tensor([0.1], dtype=torch.float64), metrics()["diagonal"], 3)
+    with pytest.warns(UserWarning, match="step by step"):
+        found = hamiltonian.leapfrog(compiled, q, p, *rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = hamiltonian.leapfrog(compiled, q, p, *rest)
+    for got, second, wanted in zip(found, again, hamiltonian.leapfrog(eager, q, p, *rest), strict=True):
+        assert torch.equal(got, wanted)
+        assert torch.equal(second, wanted)
+
+
+@pytest.mark.slow
+def test_what_was_compiled_serves_the_next_run_as_well():
+    class Kept:
+        def __init__(self):
+            self.value_and_grad = value_and_grad(schools, compile=True)
+
+        def __call__(self, q):
+            return schools(q)
+
+    density, start = Kept(), 0.3 * numbers(16, 10)
+    settings = {"num_warmup": 0, "num_draws": 5, "step_size": 0.3, "trajectory_length": 2.0}
+    first = chees.run(density, start, **settings).draws
+    before = graphs()
+    torch.testing.assert_close(chees.run(density, start, **settings).draws, first, rtol=0, atol=0)
+    assert graphs() == before
+    torch.testing.assert_close(first, chees.run(schools, start, **settings).draws, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.slow
