@@ -17,6 +17,9 @@ from bayesdl.samplers.chees import MAX_DENSE
 from bayesdl.samplers.pathfinder import Approximation
 
 
+_MANY = 16  # chains
+
+
 class Common(NamedTuple):
     """The settings that every sampler has."""
 
@@ -66,6 +69,18 @@ def run(sampler: str, density: LogDensity, start: Start, common: Common, given: 
             fail(SettingError, "sample", wanted, got=f"{name}={value!r}", fix=fix)
         own[entry.settings[name]] = value
     return entry.run(density, start, common, own)
+
+
+def best(num_chains: int, dim: int, given: dict[str, Any]) -> str:
+    """The sampler for who names none, that has the settings given: what the benchmark of the samplers found best.
+
+    Its lengths and metric are learned from all chains, so it needs many; with few, NUTS is as fast and asks for less.
+    """
+    if given["max_depth"] is not None:
+        return "nuts"
+    if num_chains >= _MANY and dim >= 2 and given["metric"] != "low-rank":
+        return "mams"
+    return "nuts" if given["num_steps"] is None else "hmc"
 
 
 def approximate(density: LogDensity, starts: Tensor, common: Common) -> Approximation:

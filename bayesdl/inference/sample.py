@@ -80,7 +80,7 @@ class Chains:
 def sample(
     log_density: LogDensityFn | LogDensity,
     dim: int | None = None,
-    sampler: str = "hmc",
+    sampler: str | None = None,
     num_chains: int = 4,
     num_warmup: int = 1000,
     num_draws: int = 1000,
@@ -108,7 +108,9 @@ def sample(
         log_density: Maps positions (num_chains, dim) to values (num_chains,), differentiable by autograd; or a
             `LogDensity`, which knows its `dim`, its `names` and its `transform`.
         dim: Number of coordinates; needed unless `log_density` is a `LogDensity`.
-        sampler: The name of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they
+        sampler: None for what `benchmarks/samplers.py` found best: "mams" for 16 chains or more in two or more
+            dimensions, and "nuts" for fewer (or "hmc" where `num_steps` asks for it, "nuts" where `max_depth` does). Or
+            the name of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they
             turn back, for few chains and uneven targets; "chees", one length learned for all chains, for 16 or more;
             "mams", paths of unit speed with an accept step; "mclmc", the same without, biased; "meads", one step a
             transition, for 64 chains or more and a large `thin`; "smc", particles carried from a Gaussian, for several
@@ -145,12 +147,14 @@ def sample(
         ConvergenceWarning: R-hat above 1.05 (nested R-hat, where groups of chains share a start), ESS below 100,
             E-BFMI below 0.3, divergent transitions, or more than half of the trees cut short at max_depth.
     """
-    _checks.choice("sample", "sampler", sampler, tuple(_sampler_table.SAMPLERS))
+    if sampler is not None:
+        _checks.choice("sample", "sampler", sampler, tuple(_sampler_table.SAMPLERS))
     _checks.at_least("sample", "num_chains", num_chains, 1, integer=True)
     _check_resumable(checkpoint, seed)
     density = _density(log_density, dim, names, transform)
     initial_seed, run_seed = child_seeds(seed, 2)
     own = {"num_steps": num_steps, "max_depth": max_depth, "target_accept": target_accept, "metric": metric}
+    sampler = sampler or _sampler_table.best(num_chains, density.dim, own)
     counts = (num_warmup, num_draws, thin, run_seed, progress, sampler.upper())
     common = Common(*counts, checkpoint, max_gradients, chain_batch, compile)
     start = _start(

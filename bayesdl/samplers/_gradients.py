@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdl import _checks
-from bayesdl._compiling import ArgumentChecksOff
+from bayesdl._compiling import ArgumentChecksOff, compiled
 from bayesdl.samplers._repeated import Carry, Loops, Step, in_python
 
 Evaluate: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
@@ -145,11 +145,11 @@ class _Compiled:
 def _traced(make: Callable[..., Evaluate], log_density: Callable[..., Tensor]) -> Evaluate:
     """What `make` compiles, with the argument checks of torch.distributions off in its graphs and nowhere else."""
     with ArgumentChecksOff():
-        compiled = make(log_density)
+        run = make(log_density)
 
     def evaluate(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         with ArgumentChecksOff():
-            return compiled(q, *rest)
+            return run(q, *rest)
 
     return evaluate
 
@@ -173,11 +173,11 @@ def _traceable(log_density: Callable[..., Tensor]) -> Evaluate:
 
 
 def _one_graph(log_density: Callable[..., Tensor]) -> Evaluate:
-    compiled = torch.compile(_traceable(log_density), fullgraph=True)
+    graph = compiled(_traceable(log_density))
 
     def evaluate(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return compiled(q, *rest)
+            return graph(q, *rest)
 
     return evaluate
 

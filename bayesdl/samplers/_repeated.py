@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bayesdl._compiling import ArgumentChecksOff
+from bayesdl._compiling import ArgumentChecksOff, compiled
 
 Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 Carry: TypeAlias = tuple[Tensor, ...]
@@ -48,9 +48,9 @@ class Loops:
     def run(self, step: Step, carry: Carry, constants: Any, num_steps: int) -> Carry | None:
         """`num_steps` steps, or None where they must be made one by one.
 
-        A single step gains nothing, and off the CPU nothing of this has been tried.
+        A graph for a single step does not pay for its compilation, and off the CPU nothing of this has been tried.
         """
-        if self._failed or num_steps < 2 or carry[0].device.type != "cpu":
+        if self._failed or carry[0].device.type != "cpu" or (num_steps < 2 and step not in self._graphs):
             return None
         carry = tuple(part.detach().contiguous() for part in carry)
         try:
@@ -78,4 +78,4 @@ def _graph(evaluate: Evaluate, step: Step) -> Callable[..., Carry]:
 
         return while_loop(more, body, (torch.zeros((), dtype=torch.int64), *carry))[1:]
 
-    return torch.compile(run, fullgraph=True)
+    return compiled(run)

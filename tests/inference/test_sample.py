@@ -50,7 +50,7 @@ def test_diagnostics_are_plain_and_complete():
     chains = sample(normal, dim=2, seed=3, **QUICK)
     found = chains.diagnostics
     json.dumps(found)
-    assert found["engine"] == "hmc"
+    assert found["engine"] == "hmc"  # the one of few chains that has num_steps
     assert {"rhat", "ess_bulk", "ess_tail", "divergences", "step_size", "acceptance_rate", "seconds"} <= set(found)
     assert len(found["e_bfmi"]) == 4
     assert found["stuck_chains"] == []
@@ -59,6 +59,24 @@ def test_diagnostics_are_plain_and_complete():
     rhat = array_stats.rhat(chains.draws.numpy(), chain_axis=0, draw_axis=1)
     assert found["rhat"] == pytest.approx(rhat.max())
     torch.testing.assert_close(chains.stats["log_density"], normal(chains.draws))
+
+
+@pytest.mark.parametrize(
+    ("dim", "settings", "chosen"),
+    [
+        (2, {"num_chains": 15}, "nuts"),
+        (2, {"num_chains": 16}, "mams"),
+        (1, {"num_chains": 16}, "nuts"),
+        (2, {"num_chains": 16, "max_depth": 4}, "nuts"),
+        (2, {"num_chains": 16, "metric": "low-rank"}, "nuts"),
+        (2, {"num_chains": 4, "num_steps": 8}, "hmc"),
+        (2, {"num_chains": 16, "num_steps": 8}, "mams"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::bayesdl.errors.ConvergenceWarning")
+def test_who_names_no_sampler_gets_one_that_suits(dim, settings, chosen):
+    found = sample(normal, dim, num_warmup=20, num_draws=10, **settings).diagnostics
+    assert found["engine"] == chosen
 
 
 def tilted(q):
@@ -296,7 +314,7 @@ def test_dtype_and_one_chain():
     ("error", "word", "change"),
     [
         (SettingError, "sampler must be one of 'hmc'", {"sampler": "gibbs"}),
-        (SettingError, "has no max_depth", {"max_depth": 5}),
+        (SettingError, "has no num_steps", {"max_depth": 5}),
         (SettingError, "has no num_steps", {"sampler": "nuts"}),
         (SettingError, "chees.run: metric", {"sampler": "chees", "metric": "full"}),
         (SettingError, "smc.run: metric", {"sampler": "smc", "metric": "low-rank"}),
