@@ -16,8 +16,7 @@ from bayesdl.samplers.base import Run
 from bayesdl.samplers.chees import MAX_DENSE
 from bayesdl.samplers.pathfinder import Approximation
 
-
-_MANY = 16  # chains
+_SEVERAL = 4  # chains
 
 
 class Common(NamedTuple):
@@ -74,11 +73,12 @@ def run(sampler: str, density: LogDensity, start: Start, common: Common, given: 
 def best(num_chains: int, dim: int, given: dict[str, Any]) -> str:
     """The sampler for who names none, that has the settings given: what the benchmark of the samplers found best.
 
-    Its lengths and metric are learned from all chains, so it needs many; with few, NUTS is as fast and asks for less.
+    That is MAMS. Its lengths and metric are learned from all chains, so it wants several, and in one dimension it has
+    nowhere to turn.
     """
     if given["max_depth"] is not None:
         return "nuts"
-    if num_chains >= _MANY and dim >= 2 and given["metric"] != "low-rank":
+    if num_chains >= _SEVERAL and dim >= 2 and given["metric"] != "low-rank":
         return "mams"
     return "nuts" if given["num_steps"] is None else "hmc"
 

@@ -108,9 +108,8 @@ def sample(
         log_density: Maps positions (num_chains, dim) to values (num_chains,), differentiable by autograd; or a
             `LogDensity`, which knows its `dim`, its `names` and its `transform`.
         dim: Number of coordinates; needed unless `log_density` is a `LogDensity`.
-        sampler: None for what `benchmarks/samplers.py` found best: "mams" for 16 chains or more in two or more
-            dimensions, and "nuts" for fewer (or "hmc" where `num_steps` asks for it, "nuts" where `max_depth` does). Or
-            the name of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they
+        sampler: None for what `benchmarks/samplers.py` found best: "mams" for four chains or more in two or more
+            dimensions, else "nuts" ("hmc" where `num_steps` asks for it; "nuts" where `max_depth` does). Or the name of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they
             turn back, for few chains and uneven targets; "chees", one length learned for all chains, for 16 or more;
             "mams", paths of unit speed with an accept step; "mclmc", the same without, biased; "meads", one step a
             transition, for 64 chains or more and a large `thin`; "smc", particles carried from a Gaussian, for several

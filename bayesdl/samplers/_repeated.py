@@ -42,7 +42,7 @@ class Loops:
     def __init__(self, evaluate: Evaluate) -> None:
         """`evaluate` gives value and gradient and can be traced."""
         self._evaluate = evaluate
-        self._graphs: dict[Step, Callable[..., Carry]] = {}
+        self._graphs: dict[tuple[Any, ...], Callable[..., Carry]] = {}
         self._failed = False
 
     def run(self, step: Step, carry: Carry, constants: Any, num_steps: int) -> Carry | None:
@@ -50,19 +50,27 @@ class Loops:
 
         A graph for a single step does not pay for its compilation, and off the CPU nothing of this has been tried.
         """
-        if self._failed or carry[0].device.type != "cpu" or (num_steps < 2 and step not in self._graphs):
+        key = step, _kind(carry), _kind(constants)
+        if self._failed or carry[0].device.type != "cpu" or (num_steps < 2 and key not in self._graphs):
             return None
         carry = tuple(part.detach().contiguous() for part in carry)
         try:
-            if step not in self._graphs:
-                self._graphs[step] = _graph(self._evaluate, step)
+            if key not in self._graphs:
+                self._graphs[key] = _graph(self._evaluate, step)
             with ArgumentChecksOff(), torch.no_grad():
-                return self._graphs[step](carry, constants, torch.tensor(num_steps))
+                return self._graphs[key](carry, constants, torch.tensor(num_steps))
         except Exception as error:
             self._failed = True
             kind = type(error).__name__
             warnings.warn(f"torch.compile cannot loop over this log density ({kind}): step by step", stacklevel=2)
             return None
+
+
+def _kind(parts: Any) -> Any:
+    """What a graph is made for: the shapes of tensors, and whatever else there is among them."""
+    if isinstance(parts, tuple):
+        return tuple(_kind(part) for part in parts)
+    return tuple(parts.shape) if isinstance(parts, Tensor) else parts
 
 
 def _graph(evaluate: Evaluate, step: Step) -> Callable[..., Carry]:

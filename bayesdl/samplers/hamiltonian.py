@@ -110,7 +110,7 @@ class Metric(NamedTuple):
 
     def _along(self, p: Tensor, factors: Tensor) -> Tensor:
         """S U (factors - I) U' S p."""
-        # A graph with a loop takes no view of what stays the same in it, so it is not the directions that are transposed.
+        # A graph with a loop takes no view of what stays the same in it: the directions are not transposed.
         inside = (p @ self.directions) * (factors - 1).unsqueeze(-2)
         return (self.directions @ inside.mT).mT
 
