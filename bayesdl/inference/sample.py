@@ -109,11 +109,12 @@ def sample(
             `LogDensity`, which knows its `dim`, its `names` and its `transform`.
         dim: Number of coordinates; needed unless `log_density` is a `LogDensity`.
         sampler: None for what `benchmarks/samplers.py` found best: "mams" for four chains or more in two or more
-            dimensions, else "nuts" ("hmc" where `num_steps` asks for it; "nuts" where `max_depth` does). Or the name of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they
-            turn back, for few chains and uneven targets; "chees", one length learned for all chains, for 16 or more;
-            "mams", paths of unit speed with an accept step; "mclmc", the same without, biased; "meads", one step a
-            transition, for 64 chains or more and a large `thin`; "smc", particles carried from a Gaussian, for several
-            modes and for the evidence: chains are then islands, draws their particles, without warm-up or thinning.
+            dimensions, else "nuts" ("hmc" where `num_steps` asks for it; "nuts" where `max_depth` does). Or the name
+            of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they turn back,
+            for few chains and uneven targets; "chees", one length learned for all chains, for 16 or more; "mams",
+            paths of unit speed with an accept step; "mclmc", the same without, biased; "meads", one step a transition,
+            for 64 chains or more and a large `thin`; "smc", particles carried from a Gaussian, for several modes and
+            for the evidence: chains are then islands, draws their particles, without warm-up or thinning.
         num_chains: Chains run in one batch; many cost little more than few.
         num_warmup: Transitions that adapt the step size and the metric, from all chains together.
         num_draws: Draws kept per chain.

@@ -50,10 +50,11 @@ class Loops:
 
         A graph for a single step does not pay for its compilation, and off the CPU nothing of this has been tried.
         """
+        # An expanded tensor would be another graph than a full one.
+        carry, constants = _contiguous(tuple(part.detach() for part in carry)), _contiguous(constants)
         key = step, _kind(carry), _kind(constants)
         if self._failed or carry[0].device.type != "cpu" or (num_steps < 2 and key not in self._graphs):
             return None
-        carry = tuple(part.detach().contiguous() for part in carry)
         try:
             if key not in self._graphs:
                 self._graphs[key] = _graph(self._evaluate, step)
@@ -64,6 +65,13 @@ class Loops:
             kind = type(error).__name__
             warnings.warn(f"torch.compile cannot loop over this log density ({kind}): step by step", stacklevel=2)
             return None
+
+
+def _contiguous(parts: Any) -> Any:
+    if isinstance(parts, tuple):
+        each = [_contiguous(part) for part in parts]
+        return type(parts)(*each) if hasattr(parts, "_fields") else tuple(each)
+    return parts.contiguous() if isinstance(parts, Tensor) else parts
 
 
 def _kind(parts: Any) -> Any:

@@ -176,7 +176,7 @@ def leapfrog(
     Cost: num_steps gradients and O(C D) a step besides, O(C D^2) with a dense and O(C D r) with a low-rank metric.
     """
     full = step_size.unsqueeze(-1)
-    scaled = full * metric.inverse_mass.unsqueeze(-2) if metric.kind == "diagonal" else full
+    scaled = full * metric.inverse_mass.unsqueeze(-2) if metric.kind == "diagonal" else None
     carry = (q, torch.addcmul(p, full, grad, value=0.5), grad[..., 0], grad)
     constants = (full, 0.5 * full, scaled, metric)
     if isinstance(evaluate, ValueAndGradient):
@@ -188,7 +188,7 @@ def _leap(evaluate: ValueAndGrad, carry: tuple[Tensor, ...], constants: Any, las
     """A drift and a kick; the last kick is half as long."""
     q, p, _, _ = carry
     full, half, scaled, metric = constants
-    q = torch.addcmul(q, p if metric.kind == "diagonal" else metric.velocity(p), scaled)
+    q = torch.addcmul(q, metric.velocity(p), full) if scaled is None else torch.addcmul(q, p, scaled)
     log_density, grad = evaluate(q)
     return q, torch.addcmul(p, pick(last, half, full), grad), log_density, grad
 
