@@ -113,11 +113,10 @@ def sample(
             of a module in `samplers`: "hmc", trajectories of random length; "nuts", which end where they turn back,
             for few chains and uneven targets; "chees", one length learned for all chains, for 16 or more; "mams",
             paths of unit speed with an accept step; "mclmc", the same without, biased; "meads", one step a transition,
-            for 64 chains or more and a large `thin`; "smc", particles carried from a Gaussian, for several modes and
-            for the evidence: chains are then islands, draws their particles, without warm-up or thinning.
+            for 64 chains and a large `thin`; "smc", particles carried from a Gaussian, for several modes and for the
+            evidence: chains are then islands and draws their particles.
         num_chains: Chains run in one batch; many cost little more than few.
-        num_warmup: Transitions that adapt the step size and the metric, from all chains together.
-        num_draws: Draws kept per chain.
+        num_warmup, num_draws: Transitions that adapt step size and metric, from all chains together; draws per chain.
         initial: Initial positions (num_chains, dim), or (dim,) for all chains; None draws each coordinate uniformly
             from (-2, 2), again where the log density is not finite (for "smc" a standard normal). "pathfinder" takes
             positions and a first metric from Gaussians that L-BFGS finds, and for "smc" the Gaussian.
@@ -131,8 +130,7 @@ def sample(
         transform: From draws (num_chains, num_draws, dim) to named quantities, each (num_chains, num_draws, *event);
             convergence is then judged on these, as it should be where a coordinate by itself means nothing.
         seed: Same seed, same draws.
-        dtype, device: Of the positions.
-        progress: Show a bar on standard error.
+        dtype, device, progress: Of the positions; and whether to show a bar on standard error.
         checkpoint, max_gradients, chain_batch, compile: A folder to save to and resume from (with a seed, which is not
             None), a budget of gradients per chain, how many chains to evaluate at a time, and whether by torch.compile;
             see `samplers.base`.
@@ -147,8 +145,7 @@ def sample(
         ConvergenceWarning: R-hat above 1.05 (nested R-hat, where groups of chains share a start), ESS below 100,
             E-BFMI below 0.3, divergent transitions, or more than half of the trees cut short at max_depth.
     """
-    if sampler is not None:
-        _checks.choice("sample", "sampler", sampler, tuple(_sampler_table.SAMPLERS))
+    _checks.choice("sample", "sampler", sampler, (*_sampler_table.SAMPLERS, None))
     _checks.at_least("sample", "num_chains", num_chains, 1, integer=True)
     _check_resumable(checkpoint, seed)
     density = _density(log_density, dim, names, transform)
@@ -157,9 +154,8 @@ def sample(
     sampler = sampler or _sampler_table.best(num_chains, density.dim, own)
     counts = (num_warmup, num_draws, thin, run_seed, progress, sampler.upper())
     common = Common(*counts, checkpoint, max_gradients, chain_batch, compile)
-    start = _start(
-        density, sampler, initial, num_chains, initial_seed, torch.empty(0, dtype=dtype, device=device), common
-    )
+    like = torch.empty(0, dtype=dtype, device=device)
+    start = _start(density, sampler, initial, num_chains, initial_seed, like, common)
     run, gradients = _run(density, sampler, start, common, own)
     return _judged(density, sampler, start, run, gradients, _MAX_DEPTH if max_depth is None else max_depth)
 
