@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bayesdl.posterior import Posterior
 
 _ROOMS_WITH_RECORDS = ("hyper", "kernels", "likelihoods", "models", "priors")
-_MODELS = ("BNN", "GP", "Learned")  # of the models, those that a file may name
+_MODELS = ("BNN", "GP", "Learned", "TaskMean")  # of the models, those that a file may name
 _FOREIGN = ("GpytorchKernel", "GpytorchMean")  # wrappers around modules that the reader of a file hands in
 
 

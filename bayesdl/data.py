@@ -143,8 +143,8 @@ def class_labels(where: str, y: Tensor, num_classes: int) -> None:
         fail(DataError, where, wanted, got=f"{float(y[place])} at row {place[-2]}", fix=fix)
 
 
-def units_of(data: TrainingData, *, standardize: bool, targets: bool = True) -> Units:
-    """The units of a training set; `targets=False` leaves y as it is (class labels)."""
+def units_of(data: TrainingData, *, standardize: bool, targets: bool = True, labels: tuple[int, ...] = ()) -> Units:
+    """The units of a training set; `targets=False` leaves y as it is (class labels), `labels` some columns of x."""
     x, y = data.x.to(torch.float64), data.y.to(torch.float64)
     zeros, ones = torch.zeros_like, torch.ones_like
     x_loc, y_loc = x.mean(-2, keepdim=True), y.mean(-2, keepdim=True)
@@ -152,6 +152,8 @@ def units_of(data: TrainingData, *, standardize: bool, targets: bool = True) -> 
         return Units(zeros(x_loc), ones(x_loc), zeros(y_loc), ones(y_loc))
     x_scale, x_constant = _spread(x, x_loc, data.x.dtype)
     x_scale = torch.where(x_constant, ones(x_scale), x_scale)
+    if labels:
+        x_loc[..., list(labels)], x_scale[..., list(labels)] = 0.0, 1.0
     if not targets:
         return Units(x_loc, x_scale, zeros(y_loc), ones(y_loc))
     y_scale, y_constant = _spread(y, y_loc, data.y.dtype)

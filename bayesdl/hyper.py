@@ -139,6 +139,37 @@ class HalfNormal:
 
 
 @dataclass(frozen=True)
+class Normal:
+    r"""theta ~ N(loc, scale^2), for parameters of any sign."""
+
+    loc: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("Normal", scale=self.scale)
+        if not math.isfinite(self.loc):
+            fail(SettingError, "Normal", "loc must be finite.", got=f"{self.loc!r}", fix="pass the mean")
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density at `value`, elementwise."""
+        return -0.5 * ((value - self.loc) / self.scale) ** 2 - math.log(self.scale) - 0.5 * math.log(2 * math.pi)
+
+    def slope(self, value: Tensor) -> Tensor:
+        """Derivative of the log density at `value`, elementwise."""
+        return -(value - self.loc) / self.scale**2
+
+    @property
+    def typical(self) -> float:
+        """The mean."""
+        return self.loc
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Draws in float64 on the generator's device."""
+        z = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+        return self.loc + self.scale * z
+
+
+@dataclass(frozen=True)
 class Parameter:
     r"""One hyper-parameter of a kernel, mean or likelihood.
 

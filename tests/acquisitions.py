@@ -512,6 +512,7 @@ def engines(quick: bool) -> dict[str, Any]:
         "NUTS": bdl.NUTS(bnn, max_depth=5, **chains),
         "SGHMC": bdl.SGHMC(bnn, num_chains=2, num_warmup=200, num_draws=30, thin=5),
         "Ensemble": bdl.Ensemble(bnn, num_members=20, num_steps=200),
+        "PFN": bdl.PFN.from_pretrained("gp"),
     }
 
 

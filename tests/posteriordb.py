@@ -240,8 +240,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "mams": {"num_chains": 32, "num_warmup": 400, "num_draws": 400},
     "smc": {"num_chains": 32, "num_draws": 500},
 }
-# A mixture has another mode, far below, in which one component takes all the data and the other follows its prior. Of 32
-# chains from scattered starts one or two end there and stay, which `diagnostics["stuck_chains"]` says.
+# A mixture has another mode, far below, in which one component takes all the data and the other follows its prior. Of
+# 32 chains from scattered starts one or two end there and stay, which `diagnostics["stuck_chains"]` says.
 _STARTS: dict[str, dict[str, Any]] = {"low_dim_gauss_mix-low_dim_gauss_mix": {"initial": "pathfinder"}}
 
 

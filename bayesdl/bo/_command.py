@@ -12,9 +12,9 @@ from bayesdl.bo.minimize import Result, minimize
 from bayesdl.errors import SettingError, fail
 
 EPILOG = """The file defines `space`, a dict of names to (low, high), range(...), [choices] or bdl.bo.Float(low, high,
-log=True), and `objective(point)`, which returns the value; it may define engine, acquisition, directions and
-constraints. A run that was stopped, or whose workers died, goes on where it was with the same storage; more workers
-join it, from other machines too, by the same command."""
+log=True), and `objective(point)`, which returns the value; it may define engine, acquisition, directions,
+constraints, trust_region, cost and risk. A run that was stopped, or whose workers died, goes on where it was with the
+same storage; more workers join it, from other machines too, by the same command."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +76,8 @@ def _say(result: Result) -> bool:
     counts = {state: sum(t.state == state for t in trials) for state in ("complete", "failed")}
     print(", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "complete"))
     several = len(study.directions) > 1
+    if study.space.environment:
+        return _say_recommendation(result, counts["complete"])
     best = result.pareto if several else [result.best] if result.best is not None else []
     if not best:
         print("no feasible trial", file=sys.stderr)
@@ -86,3 +88,15 @@ def _say(result: Result) -> bool:
         for name, value in limits.items() if not several else ():
             print(f"  {name:<10}{value:.8g}" if isinstance(value, float) else f"  {name:<10}{value}")
     return bool(best)
+
+
+def _say_recommendation(result: Result, num_complete: int) -> bool:
+    """Print the point that is best over an environment; whether there is one."""
+    if num_complete < 2:
+        print("no recommendation from fewer than two trials", file=sys.stderr)
+        return False
+    found = result.recommend()
+    print(f"{'recommended':<12}{found.mean:.8g} ± {found.deviation:.2g}")
+    for name, value in found.params.items():
+        print(f"  {name:<10}{value:.8g}" if isinstance(value, float) else f"  {name:<10}{value}")
+    return True

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from bayesdl.bo.study import Study, Trial
+    from bayesdl.bo.study import Study
+    from bayesdl.bo.trial import Trial
 
 # Okabe and Ito's colours, told apart by readers with any of the common kinds of colour blindness.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#9a9a9a"
@@ -35,11 +36,15 @@ def progress(study: Study) -> Figure:
     figure, (ax,) = _panels(1, 7.6, 4.0)
     trials = [trial for trial in study.trials if trial.state == "complete"]
     at = {trial.number: i + 1 for i, trial in enumerate(sorted(trials, key=lambda t: t.number))}
-    good, bad = [t for t in trials if t.feasible], [t for t in trials if not t.feasible]
+    good, bad = [t for t in trials if t.feasible and t.exact], [t for t in trials if not t.feasible]
+    cheap = [t for t in trials if t.feasible and not t.exact]
     ax.plot([at[t.number] for t in good], [t.value for t in good], "o", color=_BLUE, alpha=0.55, ms=5, label="value")
     if bad:
         ax.plot([at[t.number] for t in bad], [t.value for t in bad], "x", color=_ORANGE, ms=6, label="infeasible")
-    if good:
+    if cheap:
+        ax.plot([at[t.number] for t in cheap], [t.value for t in cheap], "o", mfc="none", color=_GREY, ms=5,
+                label="lower fidelity")  # fmt: skip
+    if good and not study.space.environment:
         best = np.minimum.accumulate if study.directions[0] == "minimize" else np.maximum.accumulate
         line = best(np.array([t.value for t in good]))
         steps = [at[t.number] for t in good]
@@ -73,7 +78,9 @@ def pareto(study: Study) -> Figure:
             _staircase(ax, study)
         ax.set_xlabel(f"value{i} ({study.directions[i]})")
         ax.set_ylabel(f"value{j} ({study.directions[j]})")
-    axes[0].legend(frameon=False, fontsize=9, loc="best")
+    entries = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    # above the panels: within one, its marks would be taken for trials
+    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, ncols=3, loc="outside upper center")
     return figure
 
 
@@ -210,7 +217,7 @@ def png(figure: Figure) -> bytes:
 
 def _centre(study: Study) -> Trial | None:
     """The point that slices go through: the best, or the best of the front in the first objective."""
-    if len(study.directions) == 1 and study.best is not None:
+    if len(study.directions) == 1 and not study.space.environment and study.best is not None:
         return study.best
     complete = study.pareto or [trial for trial in study.trials if trial.state == "complete"]
     sign = 1.0 if study.directions[0] == "minimize" else -1.0

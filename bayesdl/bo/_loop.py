@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bayesdl.bo.study import Study, Trial
+from bayesdl.bo.study import Study
+from bayesdl.bo.trial import Trial
 from bayesdl.errors import BayesdlError, DataError, StorageError, fail
 
 _HOPELESS = 5  # failures without a single value
@@ -33,10 +34,11 @@ def run(
     bar = Bar(study, num_trials, progress)
     try:
         while until is None or time.monotonic() < until:
-            batch = _claimed(study, num_trials)
+            limit = 0 if study._exhausted() else num_trials  # with the budget spent, only what was begun is finished
+            batch = _claimed(study, limit)
             if batch:
                 _evaluate(study, f, batch, bar)
-            elif not study._ledger.unfinished(num_trials):
+            elif not study._ledger.unfinished(limit):
                 break
             else:
                 time.sleep(_POLL)
@@ -70,13 +72,15 @@ def _evaluate(study: Study, f: Callable[[Any], Any], batch: list[Trial], bar: Ba
 def evaluate(study: Study, f: Callable[[Any], Any], trial: Trial) -> Trial:
     """Evaluate one trial and record what came out, be it a failure."""
     try:
-        values, constraints = _split(f(trial.x), bool(study.constraints))
-        checked = study._check(values, constraints)
+        values, reported = _split(study, f(trial.x))
+        cost = reported.pop("cost", None) if study.cost is not None and study.cost.source == "reported" else None
+        checked = study._check(values, reported)
+        study._check_cost(cost, needed=True)
     except Exception as error:  # the objective is the user's: whatever it raises is a failed trial
         reason = str(error).replace("\n", " ")
         return study.tell(trial, error=f"{type(error).__name__}: {reason}")
     try:
-        return study.tell(trial, checked[0], constraints=checked[1])
+        return study.tell(trial, checked[0], constraints=checked[1], cost=cost)
     except StorageError as error:
         if "given up for dead" not in str(error):
             raise
@@ -84,14 +88,17 @@ def evaluate(study: Study, f: Callable[[Any], Any], trial: Trial) -> Trial:
         return trial
 
 
-def _split(returned: Any, has_constraints: bool) -> tuple[Any, dict[str, float]]:
-    """What an objective returned, as values and constraints."""
-    if not has_constraints:
+def _split(study: Study, returned: Any) -> tuple[Any, dict[str, float]]:
+    """What an objective returned, as values and a dict of constraints and the cost."""
+    reported = study.cost is not None and study.cost.source == "reported"
+    if not study.constraints and not reported:
         return returned, {}
     if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
-        wanted = "an objective with constraints returns (values, {name: value})."
-        fail(DataError, "objective", wanted, got=repr(returned)[:200], fix='return value, {"memory": used - allowed}')
-    return returned
+        what = "a reported cost" if reported else "constraints"
+        fix = 'return value, {"cost": seconds}' if reported else 'return value, {"memory": used - allowed}'
+        wanted = f"an objective with {what} returns (values, {{name: value}})."
+        fail(DataError, "objective", wanted, got=repr(returned)[:200], fix=fix)
+    return returned[0], dict(returned[1])
 
 
 def _give_up_if_hopeless(study: Study) -> None:
@@ -140,7 +147,7 @@ class Bar:
     def _standing(self, trials: list[Trial]) -> str:
         if len(self._study.directions) > 1:
             return f"Pareto front {len(self._study.pareto)}"
-        best = self._study.best
+        best = None if self._study.space.environment else self._study.best
         return "" if best is None else f"best {best.value:.6g}"
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from bayesdl.bo.space import Space
 from bayesdl.errors import SettingError, fail
 
-_OPTIONAL = ("engine", "acquisition", "directions", "constraints")
+_OPTIONAL = ("engine", "acquisition", "directions", "constraints", "trust_region", "cost", "risk")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
     Attributes:
         objective: The function, which other processes find again by its file.
         space: The search space.
-        settings: Those of engine, acquisition, directions and constraints that the file has.
+        settings: Those of engine, acquisition, directions, constraints, trust_region, cost and risk that the file has.
     """
 
     objective: Callable[[Any], Any]

@@ -16,7 +16,8 @@ from bayesdl.evaluation._page import STYLE
 from bayesdl.evaluation.report import machine
 
 if TYPE_CHECKING:
-    from bayesdl.bo.study import Study, Trial
+    from bayesdl.bo.study import Study
+    from bayesdl.bo.trial import Trial
 
 _ON_BOUNDS = 0.6  # a share of proposals on the edge of the box above which a surrogate deserves suspicion
 _MOST_ROWS = 20
@@ -70,7 +71,7 @@ def page(study: Study) -> str:
         title=html.escape(f"{study.name}: {_count(len(trials), 'trial')}"),
         style=STYLE,
         facts=_facts(study, trials),
-        heading="Pareto front" if several else "Best trials",
+        heading="Trials of the front" if several else "Best trials",
         table=_table(study, trials),
         note=html.escape(_note(study, trials)),
         failures=_failures(trials),
@@ -81,13 +82,15 @@ def page(study: Study) -> str:
 
 def _facts(study: Study, trials: list[Trial]) -> str:
     states = {state: sum(t.state == state for t in trials) for state in ("complete", "failed", "running", "waiting")}
-    best = study.best if len(study.directions) == 1 else None
+    best = study.best if len(study.directions) == 1 and not study.space.environment else None
     facts = {
         "Best value": f"{best.value:.8g} (trial {best.number})" if best is not None else "",
+        "Recommended": _recommendation(study, trials),
         "Objectives": ", ".join(study.directions),
         "Constraints": ", ".join(study.constraints),
         "Parameters": ", ".join(study.space.names[:12]) + (" …" if len(study.space.names) > 12 else ""),
         "Trials": ", ".join(f"{count} {state}" for state, count in states.items() if count),
+        "Cost": f"{study.spent:.6g}" if study.cost is not None else "",
         "Engine": type(study.engine).__name__,
         "Made": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by bayesdl {__version__}",
         "Machine": machine(),
@@ -95,12 +98,24 @@ def _facts(study: Study, trials: list[Trial]) -> str:
     return "\n".join(f"<div><dt>{k}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items() if v)
 
 
+def _recommendation(study: Study, trials: list[Trial]) -> str:
+    """What counts at the point of which the surrogate thinks best, where no single trial shows it."""
+    aimed = study.space.fidelities or study.space.environment
+    if not aimed or sum(trial.state == "complete" for trial in trials) < 2:
+        return ""
+    found = study.recommend()
+    where = ", ".join(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+                      for name, value in found.params.items())  # fmt: skip
+    return f"{found.mean:.6g} ± {found.deviation:.2g} at {where}"
+
+
 def _table(study: Study, trials: list[Trial]) -> str:
     """The best trials, or the front."""
     good = [trial for trial in trials if trial.feasible]
     if len(study.directions) == 1:
         sign = 1.0 if study.directions[0] == "minimize" else -1.0
-        shown = sorted(good, key=lambda t: (sign * t.value, t.number))[:_MOST_ROWS]
+        exact = [trial for trial in good if trial.exact]
+        shown = sorted(exact, key=lambda t: (sign * t.value, t.number))[:_MOST_ROWS]
     else:
         shown = sorted(study.pareto, key=lambda t: t.values)[:_MOST_ROWS]
     names = study.space.names[:12]
@@ -127,6 +142,8 @@ def _note(study: Study, trials: list[Trial]) -> str:
     said = []
     if not any(trial.feasible for trial in trials):
         said.append("No feasible trial yet.")
+    if study.space.environment:
+        said.append(f"Values are of single draws of {', '.join(study.space.environment)}, and do not compare.")
     share = bound_share(study, trials)
     if share > _ON_BOUNDS:
         said.append(
@@ -141,13 +158,18 @@ def _note(study: Study, trials: list[Trial]) -> str:
 
 
 def bound_share(study: Study, trials: list[Trial]) -> float:
-    """The share of the coordinates of real numbers, over proposals of the surrogate, that lie on a bound."""
+    """The share of the coordinates of real numbers, over proposals of the surrogate, that lie on a bound.
+
+    Fidelities and what the environment sets are left out.
+    """
     from bayesdl.bo.space import Float
     from bayesdl.interop.optuna import TIMING
 
     frozen = {t.number: t for t in study.optuna_study.get_trials(deepcopy=False)}
     proposed = [t for t in trials if TIMING in frozen[t.number].system_attrs and t.params]
-    reals = [(n, d) for n, d in zip(study.space.names, study.space.dimensions, strict=True) if isinstance(d, Float)]
+    pairs = zip(study.space.names, study.space.dimensions, strict=True)
+    apart = {*study.space.fidelities, *study.space.environment}
+    reals = [(name, dim) for name, dim in pairs if isinstance(dim, Float) and name not in apart]
     hits = [
         min(t.params[name] - dim.low, dim.high - t.params[name]) <= 1e-6 * (dim.high - dim.low)
         for t in proposed
@@ -179,9 +201,10 @@ def _pictures(study: Study, trials: list[Trial]) -> str:
         caption = "The front holds the feasible trials that no other beats in every objective."
         shown.append(("Pareto front", _figures.pareto(study), caption))
     if sum(trial.state == "complete" for trial in trials) > 1:
+        of = "" if len(study.directions) == 1 else " in value0"
         caption = (
-            "What the surrogate believes along each parameter with the others at the best trial (dashed): mean and two "
-            "standard deviations. Grey dots are trials; most lie elsewhere in the other parameters."
+            f"What the surrogate believes along each parameter with the others at the best trial{of} (dashed): mean "
+            "and two standard deviations. Grey dots are trials; most lie elsewhere in the other parameters."
         )
         shown.append(("Surrogate through the best point", _figures.slices(study), caption))
     caption = "One line a trial; bright lines are good ones. Axes of logarithmic parameters are logarithmic."

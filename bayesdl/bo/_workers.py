@@ -118,7 +118,7 @@ def _unfinished(study: Study, job: Job, left: float | None) -> bool:
     if left is not None and left <= 0:
         return False
     study._ledger.sweep()
-    return bool(study._ledger.unfinished(job.num_trials))
+    return bool(study._ledger.unfinished(0 if study._exhausted() else job.num_trials))
 
 
 def _raise_what_they_say(done: list[Any]) -> None:

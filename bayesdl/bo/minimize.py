@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from bayesdl import _checks
 from bayesdl.bo import _workers
-from bayesdl.bo.space import Space
-from bayesdl.bo.study import Study, Trial
+from bayesdl.bo.cost import Cost
+from bayesdl.bo.space import Risk, Space
+from bayesdl.bo.study import Study
+from bayesdl.bo.trial import Recommendation, Trial
+from bayesdl.bo.trust_region import TrustRegion
 from bayesdl.errors import SettingError, fail
 
 if TYPE_CHECKING:
@@ -34,6 +37,10 @@ class Result:
     def best(self) -> Trial | None:
         """The best feasible trial: `.x`, `.params`, `.value`; None while there is none. See `Study.best`."""
         return self.study.best
+
+    def recommend(self) -> Recommendation:
+        """The evaluated point of which the surrogate thinks best; see `Study.recommend`."""
+        return self.study.recommend()
 
     @property
     def pareto(self) -> list[Trial]:
@@ -70,6 +77,9 @@ def minimize(
     seed: int = 0,
     num_startup: int | None = None,
     refit_every: int = 1,
+    trust_region: TrustRegion | bool = False,
+    cost: Cost | str | None = None,
+    risk: Risk | str = "mean",
     timeout: float | None = None,
     progress: bool = False,
 ) -> Result:
@@ -93,8 +103,9 @@ def minimize(
         batch_size: Points proposed together.
         workers: Processes that evaluate side by side; above 1, `f` must be importable from a module and `storage` must
             be a URL or a path. More machines join by the same call with the same storage.
-        acquisition, directions, constraints, storage, study_name, seed, num_startup, refit_every: See `Study`, which
-            has further settings: `Study(...).optimize(f, num_trials)` is this function with one worker.
+        acquisition, directions, constraints, storage, study_name, seed, num_startup, refit_every, trust_region,
+            cost, risk: See `Study`, which has further settings: `Study(...).optimize(f, num_trials)` is this function
+            with one worker.
         timeout: Seconds after which no new trial begins.
         progress: Show a bar with the best value.
 
@@ -113,7 +124,8 @@ def minimize(
     settings = {
         "engine": engine, "acquisition": acquisition, "directions": directions, "constraints": constraints,
         "storage": storage, "study_name": study_name, "seed": seed, "batch_size": batch_size,
-        "num_startup": num_startup, "refit_every": refit_every,
+        "num_startup": num_startup, "refit_every": refit_every, "trust_region": trust_region,
+        "cost": cost, "risk": risk,
     }  # fmt: skip
     study = Study(Space.of(bounds), **settings)
     if workers == 1:

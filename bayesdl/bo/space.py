@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from bayesdl import _checks
 from bayesdl.errors import SettingError, ShapeError, fail
 
-__all__ = ["Choice", "Float", "Integer", "Space"]
+__all__ = ["Choice", "Environment", "Fidelity", "Float", "Integer", "Risk", "Space"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,95 @@ Dimension = Float | Integer | Choice
 
 
 @dataclass(frozen=True)
+class Fidelity:
+    """A number that says how exact an evaluation is: cheap ones inform about `target`, the only value that counts.
+
+    Attributes:
+        dimension: A pair (low, high), a `range`, a `Float` or an `Integer`.
+        target: The value that counts; None for the largest.
+    """
+
+    dimension: Any
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        dim = _dimension("Fidelity", self.dimension)
+        if isinstance(dim, Choice):
+            wanted = "a fidelity must be a number."
+            fail(SettingError, "Fidelity", wanted, got=repr(dim), fix="number the choices: range(1, 4)")
+        if dim.low == dim.high:
+            wanted = "a fidelity must have several values."
+            fail(SettingError, "Fidelity", wanted, got=repr(dim), fix="leave a constant out of the space")
+        object.__setattr__(self, "dimension", dim)
+        object.__setattr__(self, "target", _inside("target", dim, dim.high if self.target is None else self.target))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A parameter that evaluations choose but that is not ours to set in the end: only its law is known.
+
+    Attributes:
+        dimension: Any dimension; bounds cut the law off.
+        law: Of the values: a `torch.distributions` law of one number with `cdf` and `icdf`; for choices, the
+            probability of each; None for a uniform law on the scale of the dimension.
+    """
+
+    dimension: Any
+    law: Any = None
+
+    def __post_init__(self) -> None:
+        dim = _dimension("Environment", self.dimension)
+        object.__setattr__(self, "dimension", dim)
+        if self.law is None:
+            return
+        if isinstance(dim, Choice):
+            shares = _checks.numbers("Environment", "law", self.law).to(torch.float64).reshape(-1)
+            if len(shares) != len(dim.options) or not bool((shares >= 0).all()) or not float(shares.sum()) > 0:
+                wanted = "law must have a probability for each choice."
+                fail(SettingError, "Environment", wanted, got=repr(self.law), fix=f"{len(dim.options)} numbers")
+            object.__setattr__(self, "law", tuple((shares / shares.sum()).tolist()))
+            return
+        if not isinstance(self.law, torch.distributions.Distribution) or self.law.batch_shape.numel() != 1:
+            wanted = "law must be a torch distribution of one number."
+            fix = "torch.distributions.Normal(0.5, 0.1)"
+            fail(SettingError, "Environment", wanted, got=repr(self.law), fix=fix)
+        from bayesdl.interop._optuna_space import mass_below
+
+        try:
+            below, above = mass_below(self.law, float(dim.low), float(dim.high))
+            self.law.icdf(torch.tensor([0.5], dtype=torch.float64))
+        except (NotImplementedError, ValueError) as error:
+            got = f"{type(self.law).__name__}: {error}"
+            fail(SettingError, "Environment", "law must have cdf and icdf.", got=got, fix="Normal, Uniform, Laplace")
+        if not above > below:
+            wanted = "the law must have some mass within the bounds."
+            fail(SettingError, "Environment", wanted, got=f"{self.law} on {dim}", fix="other bounds")
+
+
+@dataclass(frozen=True)
+class Risk:
+    r"""What is sought over the environment: the mean of the values, or how bad the bad ones are.
+
+    Attributes:
+        kind: "mean"; "var", the value at risk: the best v that a share `level` of the draws reaches; or "cvar", the
+            conditional value at risk: the mean of the draws that are no better than v.
+        level: Between 0 and 1.
+        num_draws: Quasi-random values of the environment over which it is taken, the same throughout a study.
+
+    Reference: Cakmak, Astudillo, Frazier, Zhou (2020), arXiv 2007.05554.
+    """
+
+    kind: str = "mean"
+    level: float = 0.8
+    num_draws: int = 16
+
+    def __post_init__(self) -> None:
+        _checks.choice("Risk", "kind", self.kind, ("mean", "var", "cvar"))
+        _checks.inside("Risk", "level", self.level, 0.0, 1.0)
+        _checks.at_least("Risk", "num_draws", self.num_draws, 2, integer=True)
+
+
+@dataclass(frozen=True)
 class Space:
     """Named dimensions, and the form in which an objective receives a point.
 
@@ -94,11 +183,15 @@ class Space:
         names: One name for each dimension.
         dimensions: `Float`, `Integer` or `Choice`, in the same order.
         form: What an objective receives: "dict" of names to values, "array" (numpy, float64) or "tensor".
+        fidelities: Names of fidelities, and the values that count.
+        environment: Names of what is not ours to set, and their laws.
     """
 
     names: tuple[str, ...]
     dimensions: tuple[Dimension, ...]
     form: str = "dict"
+    fidelities: Mapping[str, float] = field(default_factory=dict, hash=False)
+    environment: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _checks.choice("Space", "form", self.form, ("dict", "array", "tensor"))
@@ -120,7 +213,7 @@ class Space:
         Args:
             bounds: A `Space`; a tensor (2, d) of lower and upper bounds; a sequence of dimensions; or a dict of names
                 to dimensions. A dimension is a pair (low, high) of a real number, a `range` of integers, a list of
-                choices, or a `Float`, `Integer` or `Choice`.
+                choices, a `Float`, `Integer` or `Choice`, or one of these in a `Fidelity` or an `Environment`.
 
         Raises:
             ShapeError: A tensor of another shape.
@@ -129,16 +222,14 @@ class Space:
         if isinstance(bounds, Space):
             return bounds
         if isinstance(bounds, Mapping):
-            dims = tuple(_dimension(f"bounds[{name!r}]", dim) for name, dim in bounds.items())
-            return Space(tuple(bounds), dims, "dict")
+            return _of_parts(tuple(bounds), [(f"bounds[{name!r}]", dim) for name, dim in bounds.items()], "dict")
         if isinstance(bounds, Tensor):
             return _of_tensor(bounds)
         if isinstance(bounds, (str, bytes)) or not isinstance(bounds, (Sequence, np.ndarray)):
             wanted = "bounds must be a tensor (2, d), a list of pairs, a dict of names, or a Space."
             fail(SettingError, "Space.of", wanted, got=_checks.describe(bounds), fix="[(0.0, 1.0), (-5.0, 5.0)]")
-        dims = tuple(_dimension(f"bounds[{i}]", dim) for i, dim in enumerate(bounds))
-        form = "dict" if any(isinstance(dim, Choice) for dim in dims) else "array"
-        return Space(tuple(f"x{i}" for i in range(len(dims))), dims, form)
+        parts = [(f"bounds[{i}]", dim) for i, dim in enumerate(bounds)]
+        return _of_parts(tuple(f"x{i}" for i in range(len(parts))), parts)
 
     def distributions(self) -> dict[str, Any]:
         """Name -> Optuna distribution, as the study's record holds them."""
@@ -185,6 +276,17 @@ class Space:
         from bayesdl.interop import optuna as door
 
         return door.Encoding(self.distributions())
+
+
+def _of_parts(names: tuple[str, ...], parts: list[tuple[str, Any]], form: str = "") -> Space:
+    """A space of dimensions, some of them in a `Fidelity` or an `Environment`; by itself an array without choices."""
+    bare = [dim.dimension if isinstance(dim, (Fidelity, Environment)) else dim for _, dim in parts]
+    dims = tuple(_dimension(where, dim) for (where, _), dim in zip(parts, bare, strict=True))
+    form = form or ("dict" if any(isinstance(dim, Choice) for dim in dims) else "array")
+    marked = dict(zip(names, (dim for _, dim in parts), strict=True))
+    fidelities = {name: dim.target for name, dim in marked.items() if isinstance(dim, Fidelity)}
+    environment = {name: dim.law for name, dim in marked.items() if isinstance(dim, Environment)}
+    return Space(names, dims, form, fidelities, environment)
 
 
 def _of_tensor(bounds: Tensor) -> Space:

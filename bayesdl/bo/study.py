@@ -4,60 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bayesdl import _checks
-from bayesdl.bo.space import Space
+from bayesdl.bo.cost import Cost, cost_of
+from bayesdl.bo.space import Risk, Space
+from bayesdl.bo.trial import Recommendation, Trial
+from bayesdl.bo.trust_region import TrustRegion
 from bayesdl.errors import DataError, SettingError, fail
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-__all__ = ["Study", "Trial"]
+__all__ = ["Study"]
 
 _DIRECTIONS = ("minimize", "maximize")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluation of the objective.
-
-    Attributes:
-        number: Its number in the study.
-        params: Its parameters by name.
-        x: The same point in the form that the objective receives.
-        state: "running", "complete", "failed", or "waiting" for a retry.
-        values: Values of the objectives in the user's signs; empty until it is complete.
-        constraints: Reported constraints by name; feasible where all are at most 0.
-        error: Why it failed, "" where it did not.
-        seconds: Wall-clock time from ask to tell, NaN until then.
-        retry_of: The number of the trial whose worker died and whose parameters this one has, or None.
-    """
-
-    number: int
-    params: Mapping[str, Any]
-    x: Any = field(repr=False, compare=False)
-    state: str = "running"
-    values: tuple[float, ...] = ()
-    constraints: Mapping[str, float] = field(default_factory=dict)
-    error: str = ""
-    seconds: float = math.nan
-    retry_of: int | None = None
-
-    @property
-    def value(self) -> float:
-        """The value of the only objective; NaN until the trial is complete."""
-        return self.values[0] if self.values else math.nan
-
-    @property
-    def feasible(self) -> bool:
-        """Whether it is complete and every reported constraint is at most 0."""
-        return self.state == "complete" and all(limit <= 0 for limit in self.constraints.values())
 
 
 class Study:
@@ -90,6 +55,9 @@ class Study:
         num_restarts: int = 4,
         num_candidates: int = 64,
         refit_every: int = 1,
+        trust_region: TrustRegion | bool = False,
+        cost: Cost | str | None = None,
+        risk: Risk | str = "mean",
         cache: str | Path | None = "auto",
         grace: float = 120.0,
         max_retries: int = 2,
@@ -109,6 +77,12 @@ class Study:
             study_name: Name of the study in the storage; one that is there is gone on with.
             seed: Seed of all proposals.
             batch_size: Points that `ask_batch` hands out at once.
+            trust_region: Confine proposals to a box around the best point, for some twenty dimensions and more: True,
+                or a `TrustRegion` with other settings than its defaults. For one objective.
+            cost: What evaluations cost, so that improvement is sought per cost: "seconds" (the time they took),
+                "reported" (told with each result), a `LearnedCost` with a budget, or a `KnownCost`. Needed where the
+                space has a `Fidelity`.
+            risk: What is sought over the `Environment` dimensions of the space: "mean", "var", "cvar", or a `Risk`.
             cache: Folder of fitted posteriors for other workers, which may be deleted at any time; "auto" is one beside
                 a storage that is a file; None for none.
             grace: Seconds without a sign of life after which a worker on another machine counts as dead.
@@ -116,28 +90,27 @@ class Study:
 
         Raises:
             SettingError: A setting out of range, or a study of this name that was begun with other settings.
-            StorageError: The storage cannot be opened.
+            StorageError: It cannot be opened.
         """
         from bayesdl.interop import optuna as door
         from bayesdl.interop._optuna_storage import open_storage, open_study
         from bayesdl.interop._optuna_workers import Ledger, lock_path
 
-        _checks.at_least("Study", "batch_size", batch_size, 1, integer=True)
-        _checks.at_least("Study", "max_retries", max_retries, 0, integer=True)
-        _checks.inside("Study", "grace", grace, 0.0, math.inf)
+        _check_counts(batch_size, max_retries, grace)
         self.space = Space.of(space)
-        self.directions = _directions(directions)
-        self.constraints = _names(constraints)
+        self.directions, self.constraints = _directions(directions), _names(constraints)
         self.batch_size = batch_size
+        self.cost = cost_of(cost, self.space, self.constraints)
+        region = _trust_region(trust_region, self.directions)
+        risk = _risk(risk, self.space, self.directions)
         kept = open_storage(storage)
-        beside = lock_path(kept)
-        if cache == "auto":
-            cache = None if beside is None else beside.with_name(beside.name.replace("-study-lock", "-cache"))
+        cache = _beside(lock_path(kept)) if cache == "auto" else cache
         self._sampler = door.BayesdlSampler(
             engine, acquisition=acquisition, acquisition_options=acquisition_options, num_startup=num_startup,
             seed=seed, space=self.space.distributions(), constraints=self.constraints, reference_point=reference_point,
             num_samples=num_samples, num_restarts=num_restarts, num_candidates=num_candidates,
-            refit_every=refit_every, cache=cache,
+            refit_every=refit_every, trust_region=region, cost=self.cost, fidelities=self.space.fidelities,
+            environment=self.space.environment, risk=risk, cache=cache,
         )  # fmt: skip
         self.optuna_study = open_study(
             kept, study_name, self._sampler, self.directions, self.space.distributions(), self.constraints
@@ -194,6 +167,7 @@ class Study:
         values: Any = None,
         *,
         constraints: Mapping[str, float] | None = None,
+        cost: float | None = None,
         error: str | None = None,
     ) -> Trial:
         """Record what came out of a trial.
@@ -202,25 +176,28 @@ class Study:
             trial: The trial or its number; it may have been asked for by another process.
             values: A number for each objective. NaN and infinities record a failure.
             constraints: A number for each name in the study's `constraints`; feasible where at most 0.
+            cost: What it cost, positive; in a study with reported costs, where a failure may go without.
             error: Records a failure, with this reason.
 
         Returns:
             The trial as it is recorded. The same result told twice is recorded once.
 
         Raises:
-            DataError: `values` are not numbers, or not one for each objective; `constraints` do not have the names.
+            DataError: `values` are not numbers, or not one for each objective; `constraints` do not have the names; a
+                cost is missing, or not asked for.
             StorageError: The trial has another result already, or its worker was taken for dead and it is tried again.
         """
         number = trial.number if isinstance(trial, Trial) else trial
         trial_id = self._trial_id(number)
+        self._check_cost(cost, needed=error is None)
         if error is None:
             numbers, limits = self._check(values, constraints or {})
             bad = [v for v in (*numbers, *limits.values()) if not math.isfinite(v)]
             error = f"the objective returned {bad[0]}" if bad else None
         if error is None:
-            frozen = self._ledger.finish(trial_id, numbers, limits)
+            frozen = self._ledger.finish(trial_id, numbers, limits, cost=cost)
         else:
-            frozen = self._ledger.finish(trial_id, None, {}, error)
+            frozen = self._ledger.finish(trial_id, None, {}, error, cost=cost)
         return self._trial(frozen)
 
     def optimize(
@@ -240,8 +217,17 @@ class Study:
         """Put the trials that this process has in hand back in line, as an interruption does."""
         self._ledger.release()
 
-    def add(self, points: Sequence[Any], values: Any, *, constraints: Sequence[Mapping[str, float]] = ()) -> None:
+    def add(
+        self,
+        points: Sequence[Any],
+        values: Any,
+        *,
+        constraints: Sequence[Mapping[str, float]] = (),
+        costs: Sequence[float] = (),
+    ) -> None:
         """Record evaluations that were made before: points as the objective receives them, and values (n,) or (n, m).
+
+        They count in full with a budget, where their costs are given or follow from the points.
 
         Raises:
             SettingError: A point outside the space.
@@ -253,9 +239,12 @@ class Study:
         limits = list(constraints) or [{}] * len(points)
         params = [self.space.take_in(point) for point in points]
         checked = [self._check(row, limit) for row, limit in zip(rows, limits, strict=True)]
+        for cost in costs:
+            self._check_cost(cost, needed=False)
+        known = list(costs) or [None] * len(points)
         distributions = self.space.distributions()
-        for point, (numbers, limit) in zip(params, checked, strict=True):
-            add_complete(self.optuna_study, point, distributions, numbers, limit)
+        for point, (numbers, limit), cost in zip(params, checked, known, strict=True):
+            add_complete(self.optuna_study, point, distributions, numbers, limit, cost)
 
     @property
     def trials(self) -> list[Trial]:
@@ -266,10 +255,10 @@ class Study:
 
     @property
     def best(self) -> Trial | None:
-        """The best feasible trial of a study with one objective; None while there is none.
+        """The best feasible trial of a study with one objective, at the target fidelity; None while there is none.
 
         Raises:
-            SettingError: The study has several objectives; see `pareto`.
+            SettingError: The study has several objectives (see `pareto`), or an environment (see `recommend`).
         """
         if len(self.directions) > 1:
             fail(
@@ -279,8 +268,12 @@ class Study:
                 got=str(self.directions),
                 fix="study.pareto",
             )
+        if self.space.environment:
+            wanted = "no one trial shows what counts over an environment."
+            got = f"environment {', '.join(self.space.environment)}"
+            fail(SettingError, "study.best", wanted, got=got, fix="study.recommend()")
         sign = 1.0 if self.directions[0] == "minimize" else -1.0
-        good = [trial for trial in self.trials if trial.feasible]
+        good = [trial for trial in self.trials if trial.feasible and trial.exact]
         return min(good, key=lambda trial: (sign * trial.value, trial.number)) if good else None
 
     @property
@@ -305,12 +298,9 @@ class Study:
         for trial in self.trials:
             numbers = dict(zip(self._value_names(), trial.values or [math.nan] * len(self.directions), strict=True))
             limits = {name: trial.constraints.get(name, math.nan) for name in self.constraints}
-            tail = {
-                "feasible": trial.feasible,
-                "seconds": trial.seconds,
-                "retry_of": trial.retry_of,
-                "error": trial.error,
-            }
+            tail = {"feasible": trial.feasible, "seconds": trial.seconds}
+            tail |= {} if self.cost is None else {"cost": trial.cost}
+            tail |= {"retry_of": trial.retry_of, "error": trial.error}
             rows.append({"number": trial.number, "state": trial.state, **trial.params, **numbers, **limits, **tail})
         return pd.DataFrame(rows)
 
@@ -322,6 +312,29 @@ class Study:
         from bayesdl.interop._optuna_trials import fitted
 
         return fitted(self.optuna_study, self._sampler, self.space.distributions())[0]
+
+    def recommend(self) -> Recommendation:
+        """The evaluated point of which the surrogate thinks best, where luck of noise counts for nothing.
+
+        With fidelities, what is compared is the value at their targets; with an environment the mean, or the risk, over
+        it; with constraints, points count whose constraints have a posterior mean of at most 0, or else violate least.
+
+        Raises:
+            SettingError: The study has several objectives, or fewer than two finished trials.
+        """
+        from bayesdl.interop._optuna_trials import recommended
+
+        if len(self.directions) > 1:
+            wanted = "several objectives have no one best."
+            fail(SettingError, "study.recommend", wanted, got=str(self.directions), fix="study.pareto")
+        return Recommendation(*recommended(self.optuna_study, self._sampler, self.space.distributions()))
+
+    @property
+    def spent(self) -> float:
+        """What the finished trials have cost together; NaN in a study that heeds no costs."""
+        from bayesdl.interop._optuna_trials import spending
+
+        return math.nan if self.cost is None else spending(self.optuna_study, self.cost)
 
     def plot(self) -> Figure:
         """The best value so far against trials, or the Pareto front of two objectives, as a matplotlib figure."""
@@ -371,12 +384,41 @@ class Study:
         except (TypeError, ValueError):
             fail(DataError, where, "constraints must be numbers.", got=repr(constraints)[:200], fix="a float for each")
 
+    def _check_cost(self, cost: float | None, needed: bool) -> None:
+        reported = self.cost is not None and self.cost.source == "reported"
+        if cost is None and not (needed and reported):
+            return
+        number = isinstance(cost, (int, float)) and not isinstance(cost, bool) and math.isfinite(cost) and cost > 0
+        if not reported or not number:
+            wanted = "cost must be a positive number." if reported else "this study does not ask for costs."
+            fix = "tell(trial, value, cost=seconds)" if reported else 'Study(..., cost="reported")'
+            fail(DataError, "study.tell", wanted, got=repr(cost)[:200], fix=fix)
+
+    def _exhausted(self) -> bool:
+        """Whether the finished trials have cost the budget."""
+        budget = None if self.cost is None else self.cost.budget
+        return budget is not None and self.spent >= budget
+
     def _trial(self, frozen: Any) -> Trial:
-        from bayesdl.interop._optuna_trials import plain
+        from bayesdl.interop._optuna_trials import cost, plain
 
         parts = plain(frozen)
-        known = set(parts["params"]) >= set(self.space.names)
-        return Trial(x=self.space.hand_out(parts["params"]) if known else None, **parts)
+        params = parts["params"]
+        known = set(params) >= set(self.space.names)
+        exact = all(params.get(name) == target for name, target in self.space.fidelities.items())
+        spent = math.nan if self.cost is None else cost(frozen, self.cost)
+        return Trial(x=self.space.hand_out(params) if known else None, cost=spent, exact=exact, **parts)
+
+
+def _check_counts(batch_size: int, max_retries: int, grace: float) -> None:
+    _checks.at_least("Study", "batch_size", batch_size, 1, integer=True)
+    _checks.at_least("Study", "max_retries", max_retries, 0, integer=True)
+    _checks.inside("Study", "grace", grace, 0.0, math.inf)
+
+
+def _beside(lock: Path | None) -> Path | None:
+    """The folder of fitted posteriors beside a storage that is a file."""
+    return None if lock is None else lock.with_name(lock.name.replace("-study-lock", "-cache"))
 
 
 def _directions(directions: str | Sequence[str]) -> tuple[str, ...]:
@@ -385,6 +427,26 @@ def _directions(directions: str | Sequence[str]) -> tuple[str, ...]:
         wanted = 'directions must be "minimize" or "maximize" for each objective.'
         fail(SettingError, "Study", wanted, got=repr(directions), fix='directions=("minimize",)')
     return found
+
+
+def _risk(risk: Any, space: Space, directions: Sequence[str]) -> Risk:
+    risk = Risk(risk) if isinstance(risk, str) else risk
+    if not isinstance(risk, Risk):
+        fail(SettingError, "Study", 'risk must be "mean", "var", "cvar" or a Risk.', got=repr(risk), fix='"mean"')
+    if (space.fidelities or space.environment) and len(directions) > 1:
+        wanted = "fidelities and environments are for one objective."
+        fail(SettingError, "Study", wanted, got=str(tuple(directions)), fix="a space without them, or one objective")
+    return risk
+
+
+def _trust_region(setting: TrustRegion | bool, directions: Sequence[str]) -> TrustRegion | None:
+    if not isinstance(setting, (TrustRegion, bool)):
+        wanted = "trust_region must be True, False or a TrustRegion."
+        fail(SettingError, "Study", wanted, got=repr(setting), fix="trust_region=True")
+    if setting is not False and len(directions) > 1:
+        wanted = "a trust region is for one objective."
+        fail(SettingError, "Study", wanted, got=str(tuple(directions)), fix="trust_region=False")
+    return TrustRegion() if setting is True else setting or None
 
 
 def _names(constraints: Sequence[str]) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def sample_gp(
     """
     began = time.perf_counter()
     data = training_data(where, x, y)
-    units = units_of(data, standardize=standardize)
+    units = units_of(data, standardize=standardize, labels=model.label_columns(data.x.shape[-1]))
     layout = model.layout(data.x.shape[-1])
     check_priors(where, layout)
     inner_x = units.inward_x(data.x, torch.float64)

@@ -113,7 +113,8 @@ def fit_inducing(
     began = time.perf_counter()
     regression = model.likelihood.task == "regression"
     _check_data(where, model, data, scale_prior)
-    units = units_of(data, standardize=settings.standardize, targets=regression)
+    labels = model.label_columns(data.x.shape[-1])
+    units = units_of(data, standardize=settings.standardize, targets=regression, labels=labels)
     problem = _problem(model, data, units)
     engine = where.partition(".")[0]
     value_seed, input_seed, run_seed = child_seeds(seed, 3)

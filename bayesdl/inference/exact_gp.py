@@ -86,7 +86,8 @@ class ExactGP:
         """
         began = time.perf_counter()
         data = training_data("ExactGP.fit", x, y)
-        units = units_of(data, standardize=self.standardize)
+        labels = self.model.label_columns(data.x.shape[-1])
+        units = units_of(data, standardize=self.standardize, labels=labels)
         search = Search("ExactGP", self.num_starts if self.optimize else 0, self.max_iterations, self.progress)
         choice = choose(self.solver, self.memory, data)
         if choice.method == "matrix_free":

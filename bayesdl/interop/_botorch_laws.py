@@ -28,6 +28,7 @@ from bayesdl.posterior import (
     DrawsPosterior,
     FixedNoiseMixturePosterior,
     GPPosterior,
+    GradientGPPosterior,
     InducingPosterior,
     MatrixFreeGPPosterior,
     Posterior,
@@ -96,6 +97,15 @@ class _GP(Law):
         k_ss = p._model.kernel(inner, params=p._kernel_values())
         mean, covariance = ops.joint_moments(p._state, k_xs, k_ss)
         return _outward(p, mean + p._prior_mean(inner), raised(covariance, k_ss))
+
+
+class _GradientGP(Law):
+    """Of the values of f: slopes were conditioned on in the fit, and what a model is conditioned on later is values."""
+
+    def joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.posterior
+        mean, covariance, k_ss = p._joint(p._inputs("to_botorch", x))
+        return _outward(p, mean, raised(covariance, k_ss))
 
 
 class _MatrixFree(Law):
@@ -277,6 +287,11 @@ def law_of(posterior: Posterior, num_members: int, seed: int) -> Law:
 @law_of.register
 def _(posterior: GPPosterior, num_members: int, seed: int) -> Law:
     return _GP(posterior)
+
+
+@law_of.register
+def _(posterior: GradientGPPosterior, num_members: int, seed: int) -> Law:
+    return _GradientGP(posterior)
 
 
 @law_of.register

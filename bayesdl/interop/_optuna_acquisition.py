@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import botorch.acquisition.multi_objective.logei as hypervolume
 import torch
 from botorch.acquisition import AcquisitionFunction, OneShotAcquisitionFunction
+from botorch.acquisition.cost_aware import InverseCostWeightedUtility
 from botorch.acquisition.factory import get_acquisition_function
 from botorch.acquisition.input_constructors import ACQF_INPUT_CONSTRUCTOR_REGISTRY
 from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
@@ -32,18 +33,25 @@ from botorch.utils.sampling import manual_seed
 from torch import Tensor
 
 from bayesdl.errors import SettingError, fail
+from bayesdl.interop._botorch_noisy_improvement import accelerate
+from bayesdl.interop._joblib import restarts
+from bayesdl.interop._optuna_cost import Spending
+from bayesdl.interop._optuna_goal import Goal, GoalModel, Informed
 from bayesdl.interop._optuna_record import Record
 from bayesdl.interop._optuna_space import Encoding
+from bayesdl.interop._optuna_trust_region import Box
 
 _RANDOM = threading.RLock()
 _FACTORY = (
     "qEI", "qLogEI", "qPI", "qLogPF", "qNEI", "qLogNEI", "qSR", "qUCB", "qEHVI", "qLogEHVI", "qNEHVI", "qLogNEHVI",
 )  # fmt: skip
 _SEVERAL = {"qEI": "qEHVI", "qLogEI": "qLogEHVI", "qNEI": "qNEHVI", "qLogNEI": "qLogNEHVI"}
+_LOGARITHMIC = ("qLogNEI", "qLogEI", "qLogPF")
 _IMPROVEMENTS = frozenset((*_SEVERAL, *_SEVERAL.values()))
 _MOST_HYPERVOLUME = 4  # objectives; above, the partitioning grows out of hand and random scalarisations take over
 _MOST_LISTED = 2048  # points of a finite space that are scored one by one
 _MOST_SLICES = 12  # combinations of discrete values that get a continuous search each
+_POINTS_AT_ONCE = 512  # scored together as starting points, each of which stands for every draw of an environment
 
 Builder = Callable[[Model, Record], AcquisitionFunction]
 
@@ -58,6 +66,8 @@ class Search(NamedTuple):
         num_samples: Base samples of Monte Carlo acquisitions.
         num_restarts: Searches of the optimiser.
         num_candidates: Points among which the starts of the searches are chosen.
+        goal: What is sought, where that is not the value of an evaluation.
+        spending: The expected cost, where improvement is sought per cost.
     """
 
     acquisition: str | Builder
@@ -66,6 +76,8 @@ class Search(NamedTuple):
     num_samples: int
     num_restarts: int
     num_candidates: int
+    goal: Goal | None = None
+    spending: Spending | None = None
 
 
 class Encoded(Model):
@@ -150,6 +162,8 @@ def build(search: Search, model: Model, record: Record, encoding: Encoding, seed
     Raises:
         SettingError: An unknown name, or one that cannot do several objectives or constraints.
     """
+    if search.goal is not None:
+        return _for_goal(search, search.goal, model, record, encoding, seed)
     if callable(search.acquisition):
         return search.acquisition(model, record)
     name = acquisition_name(search.acquisition, record)
@@ -159,11 +173,12 @@ def build(search: Search, model: Model, record: Record, encoding: Encoding, seed
         settings = {"prune_baseline": True, "cache_root": False, **search.options}
         if name == "qUCB":
             settings.setdefault("beta", 4.0)
-        return get_acquisition_function(
+        built = get_acquisition_function(
             name, model, goals.objective, record.z, X_pending=pending, constraints=goals.constraints,
             mc_samples=search.num_samples, seed=seed % 2**31, ref_point=goals.reference_point,
             Y=torch.cat([record.y, record.constraints], -1), **settings,
         )  # fmt: skip
+        return accelerate(built)
     acquisition = _from_registry(name, search, model, record, encoding, goals)
     if pending is not None:
         try:
@@ -173,6 +188,32 @@ def build(search: Search, model: Model, record: Record, encoding: Encoding, seed
             believed = model.condition_on_observations(pending, model.posterior(pending).mean)
             return build(search, believed, record._replace(pending=record.pending[:0]), encoding, seed)
     return acquisition
+
+
+def _for_goal(
+    search: Search, goal: Goal, model: Model, record: Record, encoding: Encoding, seed: int
+) -> AcquisitionFunction:
+    """One of BoTorch's multi-fidelity acquisitions, or an improvement of what is sought weighed by what is learned."""
+    name = search.acquisition if callable(search.acquisition) else acquisition_name(search.acquisition, record)
+    if record.y.shape[-1] > 1:
+        wanted = "fidelities and environments are for one objective."
+        got = f"{record.y.shape[-1]} objectives"
+        fail(SettingError, "acquisition", wanted, got=got, fix="a study without them, or one objective")
+    if isinstance(name, str) and name.startswith("qMultiFidelity") and not goal.environment:
+        goals = _Goals(record, search)
+        acquisition = _from_registry(name, search, model, record, encoding, goals, goal.targets)
+        if len(record.pending):
+            acquisition.set_X_pending(record.pending)
+        return acquisition
+    if isinstance(name, str) and name not in _LOGARITHMIC:
+        wanted = "with a fidelity or an environment, the acquisition must be a logarithmic improvement."
+        others = "" if goal.environment else ", or qMultiFidelityKnowledgeGradient or qMultiFidelityMaxValueEntropy"
+        fail(SettingError, "acquisition", wanted, got=repr(name), fix=f"one of {', '.join(_LOGARITHMIC)}{others}")
+    improvement = build(search._replace(goal=None), GoalModel(model, goal), record, encoding, seed)
+    if not getattr(improvement, "_log", False):
+        got = type(improvement).__name__
+        fail(SettingError, "acquisition", "an improvement must be a logarithmic one.", got=got, fix='"auto"')
+    return Informed(improvement, model, goal, record.z)
 
 
 def acquisition_name(asked: str, record: Record) -> str:
@@ -210,7 +251,13 @@ def reference_point(record: Record) -> Tensor:
 
 
 def _from_registry(
-    name: str, search: Search, model: Model, record: Record, encoding: Encoding, goals: _Goals
+    name: str,
+    search: Search,
+    model: Model,
+    record: Record,
+    encoding: Encoding,
+    goals: _Goals,
+    targets: Mapping[int, float] | None = None,
 ) -> AcquisitionFunction:
     """Any acquisition class for which BoTorch has an input constructor, by the name of the class."""
     kinds = {kind.__name__: kind for kind in ACQF_INPUT_CONSTRUCTOR_REGISTRY}
@@ -225,9 +272,12 @@ def _from_registry(
     try:
         if k and not {"constraints", "constraints_tuple"} & set(taken):
             raise UnsupportedError(f"{name} knows no constraints")
-        known = _inputs(record, encoding, goals)
+        known = {**_inputs(record, encoding, goals), "target_fidelities": targets}
         chosen = {key: value for key, value in known.items() if key in taken and value is not None}
-        return kinds[name](**construct(model=model, **{**chosen, **search.options}))
+        built = construct(model=model, **{**chosen, **search.options})
+        if "cost_aware_utility" in built and search.spending is not None:
+            built["cost_aware_utility"] = InverseCostWeightedUtility(search.spending.model())
+        return kinds[name](**built)
     except (TypeError, ValueError, NotImplementedError, UnsupportedError) as error:
         wanted = f"{name} must suit {m} objective(s) and {k} constraint(s)."
         got = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -270,23 +320,32 @@ class Surface(AcquisitionFunction):
     """What the optimiser climbs: an acquisition function, lowered where evaluations are likely to fail (*t 1 p).
 
     By log P(success) a logarithmic improvement becomes that of an improvement times the probability; anything else is
-    lowered by it in units of the spread of what was observed. Where the gradient is not a number, as it is at a point
+    lowered by it in units of the spread of what was observed. Improvement per cost is the logarithmic improvement less
+    that of the expected cost. Where the gradient is not a number, as it is at a point
     that was observed without noise, whose covariance with itself is singular, it is taken for 0.
     """
 
     def __init__(
-        self, inner: AcquisitionFunction, feasibility: Feasibility | None, weight: float, observed: Tensor
+        self,
+        inner: AcquisitionFunction,
+        feasibility: Feasibility | None,
+        weight: float,
+        observed: Tensor,
+        spending: Spending | None = None,
     ) -> None:
         super().__init__(inner.model)
         self.X_baseline = observed  # what BoTorch scatters starting points around
         self._inner = inner
         self._feasibility = feasibility
         self._weight = weight
+        self._spending = spending
 
     def forward(self, X: Tensor) -> Tensor:
         """(*t)."""
         X = _FiniteGradient.apply(X)
         value = self._inner(X)
+        if self._spending is not None:
+            value = value - self._spending.weight * self._spending.log_cost(X).logsumexp(-1)
         return value if self._feasibility is None else value + self._weight * self._feasibility(X).sum(-1)
 
 
@@ -302,26 +361,52 @@ class _FiniteGradient(torch.autograd.Function):
         return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def surface(acquisition: AcquisitionFunction, feasibility: Model | None, record: Record) -> AcquisitionFunction:
-    """What is climbed for `acquisition`; one-shot acquisitions, whose points include imagined ones, as they are."""
+def surface(
+    acquisition: AcquisitionFunction, feasibility: Model | None, record: Record, spending: Spending | None = None
+) -> AcquisitionFunction:
+    """What is climbed for `acquisition`; one-shot acquisitions, whose points include imagined ones, as they are.
+
+    Raises:
+        SettingError: A cost is to be heeded by an acquisition that is no logarithm and knows no costs itself.
+    """
+    log = bool(getattr(acquisition, "_log", False))
+    if getattr(acquisition, "cost_aware_utility", None) is not None:
+        spending = None  # it has that in it
+    elif spending is not None and not log:
+        wanted = "with a cost, the acquisition must be a logarithmic improvement."
+        got = type(acquisition).__name__
+        fail(SettingError, "acquisition", wanted, got=got, fix='acquisition="auto", or another qLog...')
     if isinstance(acquisition, OneShotAcquisitionFunction):
         return acquisition
-    log = bool(getattr(acquisition, "_log", False))
     spread = float(record.y.std(0).mean()) if len(record.y) > 1 else 1.0
     prior = None if feasibility is None else Feasibility(feasibility)
-    return Surface(acquisition, prior, 1.0 if log else spread, record.z)
+    return Surface(acquisition, prior, 1.0 if log else spread, record.z, spending)
 
 
-def optimise(acquisition: AcquisitionFunction, search: Search, encoding: Encoding, record: Record, seed: int) -> Tensor:
-    """Coordinates (p) of a maximum of `acquisition`; points of a finite space come once while others are left."""
-    bounds = encoding.bounds
+def optimise(
+    acquisition: AcquisitionFunction,
+    search: Search,
+    encoding: Encoding,
+    record: Record,
+    seed: int,
+    box: Box | None = None,
+) -> Tensor:
+    """Coordinates (p) of a maximum of `acquisition`, within `box` if there is one.
+
+    Points of a finite space come once while others are left; once a box has no other, they come from outside it.
+    """
+    bounds, grids = (encoding.bounds, encoding.grids) if box is None else box
     settings = {"num_restarts": search.num_restarts, "raw_samples": search.num_candidates}
-    discrete = {**encoding.grids, **{i: [float(c) for c in range(n)] for i, n in encoding.categories.items()}}
+    at_once = max(8, _POINTS_AT_ONCE // (1 if search.goal is None else len(search.goal.points)))
+    spread = restarts()  # over the workers of joblib, if the user has set any
+    discrete = {**grids, **{i: [float(c) for c in range(n)] for i, n in encoding.categories.items()}}
     if not discrete:
-        options = {"seed": seed % 2**31, "maxiter": 200}
-        return optimize_acqf(acquisition, bounds, q=1, options=options, **settings)[0][-1]
+        options = {"seed": seed % 2**31, "maxiter": 200, "init_batch_limit": at_once}
+        return optimize_acqf(acquisition, bounds, q=1, options=options, **settings, **spread)[0][-1]
     if encoding.num_points <= _MOST_LISTED:
         points = _unseen(encoding.all_points(), torch.cat([record.z, record.pending]))
+        if box is not None and bool(box.holds(points).any()):
+            points = points[box.holds(points)]
         return optimize_acqf_discrete(acquisition, 1, points, max_batch_size=64)[0][-1]
     combinations = 1
     for values in discrete.values():
@@ -329,11 +414,10 @@ def optimise(acquisition: AcquisitionFunction, search: Search, encoding: Encodin
     if combinations <= _MOST_SLICES:
         axes = torch.cartesian_prod(*(torch.tensor(values, dtype=torch.float64) for values in discrete.values()))
         slices = [dict(zip(discrete, row.tolist(), strict=True)) for row in axes.reshape(combinations, -1)]
-        options = {"seed": seed % 2**31, "maxiter": 200}
-        return optimize_acqf_mixed(acquisition, bounds, q=1, fixed_features_list=slices, options=options, **settings)[
-            0
-        ][-1]
-    grids = {i: values for i, values in encoding.grids.items() if len(values) > 1}
+        options = {"seed": seed % 2**31, "maxiter": 200, "init_batch_limit": at_once}
+        settings |= {"fixed_features_list": slices, "options": options}
+        return optimize_acqf_mixed(acquisition, bounds, q=1, **settings, **spread)[0][-1]
+    grids = {i: values for i, values in grids.items() if len(values) > 1}
     categories = {i: discrete[i] for i in encoding.categories}
     options = {"maxiter_init": 50, "maxiter_alternating": 32}
     return optimize_acqf_mixed_alternating(acquisition, bounds, grids, categories, options, **settings)[0][-1]

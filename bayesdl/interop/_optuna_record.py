@@ -36,6 +36,9 @@ class Record(NamedTuple):
         constraints: Reported constraints (n, k), feasible where at most 0.
         failed: Coordinates of points without a usable value (f, p).
         pending: Coordinates of points under way elsewhere (r, p).
+        failed_ranks: Of the failed trials.
+        pending_ranks: Of the trials under way.
+        numbers: Of the observed trials.
     """
 
     rank: int
@@ -45,6 +48,9 @@ class Record(NamedTuple):
     constraints: Tensor
     failed: Tensor
     pending: Tensor
+    failed_ranks: tuple[int, ...] = ()
+    pending_ranks: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
 
 
 def ranks(trials: Iterable[FrozenTrial]) -> dict[int, int]:
@@ -116,6 +122,9 @@ def read(
         constraints=torch.tensor(limits, dtype=torch.float64).reshape(len(observed), len(names)),
         failed=encoding.encode([t.params for _, t in failed]),
         pending=encoding.encode([t.params for _, t in pending]),
+        failed_ranks=tuple(place for place, _ in failed),
+        pending_ranks=tuple(place for place, _ in pending),
+        numbers=tuple(trial.number for _, trial in observed),
     )
 
 

@@ -11,6 +11,7 @@ each choice of a category (one column in all where there are two). A parameter w
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,6 +45,26 @@ class Encoding:
         self.grids = {i: column.grid for i, column in enumerate(self._columns) if column.grid is not None}
         self.categories = {i: column.num_choices for i, column in enumerate(self._columns) if column.num_choices}
         self.width = sum(column.width for column in self._columns)
+
+    def column(self, i: int) -> int:
+        """The first column of x that coordinate i makes."""
+        return sum(column.width for column in self._columns[:i])
+
+    def inward(self, name: str, value: Any) -> float:
+        """The coordinate of a free parameter at a value."""
+        return self._columns[self.names.index(name)].inward(value)
+
+    def values(self, name: str, z: Tensor) -> Tensor:
+        """Values (...) of a free number at coordinates z (..., p), differentiable; between those of a grid too."""
+        i = self.names.index(name)
+        return self._columns[i].values(z[..., i])
+
+    def drawn(self, name: str, law: Any, u: Tensor) -> Tensor:
+        """Coordinates (n) of the quantiles u (n) of a law: a univariate torch distribution, cut off at the bounds.
+
+        None is a uniform one on the scale of the parameter. The law of a category is the probability of each choice.
+        """
+        return self._columns[self.names.index(name)].drawn(law, u)
 
     @property
     def num_points(self) -> float:
@@ -135,6 +156,25 @@ class _Number:
             return grid[(u[:, None] - grid).abs().argmin(-1)]
         return grid[(u * len(grid)).long().clamp_max(len(grid) - 1)]
 
+    def values(self, u: Tensor) -> Tensor:
+        """The values at coordinates u, as of a continuum."""
+        warped = self._low + u * (self._high - self._low)
+        return warped.exp() if self._dist.log else warped
+
+    def drawn(self, law: Any, u: Tensor) -> Tensor:
+        """Coordinates of quantiles of a law of values."""
+        if law is None:
+            return self.from_unit(u)
+        low, high = float(self._dist.low), float(self._dist.high)
+        below, above = mass_below(law, low, high)
+        found = law.icdf(below + u * (above - below)).to(torch.float64).clamp(low, high)
+        warped = found.log() if self._dist.log else found
+        coordinates = (warped - self._low) / (self._high - self._low)
+        if self.grid is None:
+            return coordinates
+        grid = torch.tensor(self.grid, dtype=u.dtype)
+        return grid[(coordinates[:, None] - grid).abs().argmin(-1)]
+
     def expand(self, z: Tensor) -> Tensor:
         """The one column."""
         return z
@@ -162,11 +202,31 @@ class _Category:
         """An index, each with the same probability."""
         return (u * self.num_choices).floor().clamp_max(self.num_choices - 1)
 
+    def values(self, u: Tensor) -> Tensor:
+        """Not for categories, which have no numbers."""
+        raise TypeError("a category has no numbers")
+
+    def drawn(self, law: Any, u: Tensor) -> Tensor:
+        """Indices of quantiles of the probabilities of the choices."""
+        if law is None:
+            return self.from_unit(u)
+        shares = torch.as_tensor(law, dtype=u.dtype)
+        return torch.bucketize(u, (shares / shares.sum()).cumsum(0)[:-1], right=True).to(u.dtype)
+
     def expand(self, z: Tensor) -> Tensor:
         """Indicator columns."""
         if self.num_choices == 2:
             return z
         return torch.nn.functional.one_hot(z[..., 0].round().long(), self.num_choices).to(z.dtype)
+
+
+def mass_below(law: Any, low: float, high: float) -> tuple[float, float]:
+    """P(v <= low) and P(v <= high) of a univariate torch distribution, which may lie within or beside them."""
+    open_law = copy.copy(law)
+    open_law._validate_args = False  # torch refuses values outside the support instead of saying 0 or 1
+    ends = torch.tensor([low, high], dtype=torch.float64)
+    below, above = open_law.cdf(ends).reshape(2).nan_to_num(0.0).clamp(0.0, 1.0).tolist()
+    return below, above
 
 
 def sobol_point(encoding: Encoding, index: int, seed: int) -> Tensor:

@@ -11,6 +11,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bayesdl.errors import SettingError, fail
+from bayesdl.interop._optuna_cost import COST, spent, trial_cost
 from bayesdl.interop._optuna_record import RETRY_OF, SURPLUS, Record, read
 from bayesdl.interop._optuna_space import Encoding
 from bayesdl.interop._optuna_workers import ERROR, LOST, persist
@@ -47,6 +48,7 @@ def add_complete(
     space: Mapping[str, BaseDistribution],
     values: list[float],
     constraints: Mapping[str, float],
+    cost: float | None = None,
 ) -> None:
     """Add a trial that was evaluated elsewhere; one without finite values as failed."""
     good = all(math.isfinite(value) for value in (*values, *constraints.values()))
@@ -55,6 +57,7 @@ def add_complete(
         values=values if good else None,
         params=dict(params),
         distributions=dict(space),
+        user_attrs={} if cost is None else {COST: float(cost)},
         system_attrs={f"constraints:{name}": value for name, value in constraints.items()} if good else {},
     )
     persist(lambda: study.add_trial(template))
@@ -103,6 +106,24 @@ def fitted(study: optuna.Study, sampler: Any, space: Mapping[str, BaseDistributi
         wanted = "a surrogate needs two finished trials."
         fail(SettingError, "study.posterior", wanted, got=f"{len(record.z)}", fix="evaluate some first")
     return sampler.fitted(study, record, encoding), record, encoding
+
+
+def recommended(
+    study: optuna.Study, sampler: Any, space: Mapping[str, BaseDistribution]
+) -> tuple[dict[str, Any], float, float]:
+    """Parameters, mean and standard deviation of the evaluated point of which the surrogate thinks best."""
+    _, record, encoding = fitted(study, sampler, space)
+    return sampler.recommend(study, encoding, record)
+
+
+def cost(trial: FrozenTrial, setting: Any) -> float:
+    """What a trial cost; NaN where that is not known."""
+    return trial_cost(setting, trial)
+
+
+def spending(study: optuna.Study, setting: Any) -> float:
+    """What the finished trials of a study cost together."""
+    return spent(setting, persist(lambda: study.get_trials(deepcopy=False)))
 
 
 def observed(study: optuna.Study, constraints: Sequence[str] | None, encoding: Encoding) -> Record:

@@ -179,22 +179,32 @@ class Ledger:
         return trial_id
 
     def finish(
-        self, trial_id: int, values: list[float] | None, constraints: dict[str, float], error: str | None = None
+        self,
+        trial_id: int,
+        values: list[float] | None,
+        constraints: dict[str, float],
+        error: str | None = None,
+        cost: float | None = None,
     ) -> FrozenTrial:
-        """Record the values of a trial, or that it failed (values None, with the reason).
+        """Record the values of a trial, or that it failed (values None, with the reason), and what it cost.
 
         The same result told twice is taken once.
 
         Raises:
             StorageError: Another result is recorded already, or the trial was given up for dead meanwhile.
         """
-        trial = persist(lambda: self._finish(trial_id, values, constraints, error))
+        trial = persist(lambda: self._finish(trial_id, values, constraints, error, cost))
         with self._guard:
             self._open.discard(trial_id)
         return trial
 
     def _finish(
-        self, trial_id: int, values: list[float] | None, constraints: dict[str, float], error: str | None
+        self,
+        trial_id: int,
+        values: list[float] | None,
+        constraints: dict[str, float],
+        error: str | None,
+        cost: float | None,
     ) -> FrozenTrial:
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
         with self._exclusive():
@@ -204,6 +214,8 @@ class Ledger:
                 with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
                     for name, value in constraints.items():
                         self._storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
+                    if cost is not None:
+                        self._storage.set_trial_user_attr(trial_id, "cost", float(cost))
                     if error is not None:
                         self._storage.set_trial_system_attr(trial_id, ERROR, error[:500])
                     self._storage.set_trial_state_values(trial_id, state, values)

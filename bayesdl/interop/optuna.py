@@ -24,15 +24,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bayesdl import _checks
 from bayesdl.errors import NumericalError, NumericalWarning, SettingError, fail
+from bayesdl.interop._optuna_cost import TIMING, KnownLogCost, LearnedLogCost, Spending, log_costs, weight
 from bayesdl.interop._optuna_record import Record, read, stream
 from bayesdl.interop._optuna_space import Encoding, sobol_point
-from bayesdl.interop._optuna_surrogate import Surrogate
+from bayesdl.interop._optuna_surrogate import Surrogate, fit_together
+from bayesdl.interop._optuna_trust_region import REGION, Region, box, current
 
 __all__ = ["BayesdlSampler", "Encoding", "distribution"]
 
-TIMING = "bayesdl:seconds"  # of a proposal: what the fit and the acquisition took
 FALLBACK = "bayesdl:fallback"  # why a proposal is a quasi-random point although there were data
 _FAILURES_THAT_MATTER = 0.1
+_TARGET_EVERY = 4  # of the quasi-random trials, one is at the target fidelity
+_MEMBERS_AT_RISK = 64
 
 
 class BayesdlSampler(BaseSampler):
@@ -63,6 +66,11 @@ class BayesdlSampler(BaseSampler):
         num_restarts: int = 4,
         num_candidates: int = 64,
         refit_every: int = 1,
+        trust_region: Any = None,
+        cost: Any = None,
+        fidelities: Mapping[str, float] | None = None,
+        environment: Mapping[str, Any] | None = None,
+        risk: Any = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         """
@@ -82,6 +90,12 @@ class BayesdlSampler(BaseSampler):
             num_candidates: Points among which the starts of these searches are chosen.
             refit_every: Estimate hyper-parameters anew after this many finished trials; between, engines that can
                 condition on what is new, the others fit.
+            trust_region: A `bdl.bo.TrustRegion` that proposals are confined to; None for none.
+            cost: A `bdl.bo.LearnedCost` or `KnownCost`: improvement is sought per cost; None for any cost alike.
+            fidelities: Names of parameters that say how exact an evaluation is, and the values that count.
+            environment: Names of parameters that are not ours to set in the end, and their laws; see
+                `bdl.bo.Environment`.
+            risk: A `bdl.bo.Risk`: what is sought over the environment; None for the mean.
             cache: Folder in which fitted posteriors are kept for other workers; may be deleted at any time.
 
         Raises:
@@ -101,6 +115,10 @@ class BayesdlSampler(BaseSampler):
         for name, value in {**counts, "refit_every": refit_every}.items():
             _checks.at_least(where, name, value, 1, integer=True)
         _checks.at_least(where, "seed", seed, 0, integer=True)
+        self.trust_region = trust_region
+        self.cost = cost
+        self.fidelities, self.environment, self.risk = dict(fidelities or {}), dict(environment or {}), risk
+        _check_aims(trust_region, cost, [*self.fidelities], [*self.environment])
         self.seed = int(seed)
         self.num_startup = num_startup
         self.space = None if space is None else dict(space)
@@ -108,6 +126,7 @@ class BayesdlSampler(BaseSampler):
         self._reference_point = None if reference_point is None else tuple(float(v) for v in reference_point)
         self._acquisition = (acquisition, dict(acquisition_options or {}), num_samples, num_restarts, num_candidates)
         self._surrogate = Surrogate(self.engine, refit_every, None if cache is None else Path(cache))
+        self._cost_surrogate = self._surrogate._replace(engine=default_engine())
         self._intersections: dict[str, IntersectionSearchSpace] = {}
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -130,36 +149,58 @@ class BayesdlSampler(BaseSampler):
         encoding = Encoding(search_space)
         trials = study.get_trials(deepcopy=False)
         record = read(trials, trial.number, encoding, study.directions, self.constraints, _stale(study, trials))
-        enough = self.num_startup or min(50, max(5, 2 * len(encoding.names) + 2))
-        if not encoding.names or record.rank < enough or len(record.z) < 2:
+        enough = self._enough(encoding)
+        region = self._region(study, trials, record, encoding)
+        begun, known = (record.rank, record) if region is None else (region.begun, region.record)
+        if region is not None:
+            study._storage.set_trial_system_attr(trial._trial_id, REGION, [region.number, None])
+        if not encoding.names or begun < enough or len(known.z) < 2:
             return encoding.decode(self._quasi_random(encoding, record.rank))
         try:
-            z, seconds = self.propose(study, record, encoding)
+            z, seconds = self.propose(study, record, encoding, region, trials)
         except _numerical_errors() as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             message = f"trial {trial.number} is a quasi-random point, since the surrogate failed: {reason}"
             warnings.warn(message, NumericalWarning, stacklevel=2)
             study._storage.set_trial_system_attr(trial._trial_id, FALLBACK, reason[:500])
             return encoding.decode(self._quasi_random(encoding, record.rank))
+        if region is not None:
+            study._storage.set_trial_system_attr(trial._trial_id, REGION, [region.number, region.length])
         study._storage.set_trial_system_attr(trial._trial_id, TIMING, seconds)
         return encoding.decode(z)
 
-    def propose(self, study: optuna.Study, record: Record, encoding: Encoding) -> tuple[torch.Tensor, dict[str, float]]:
+    def propose(
+        self,
+        study: optuna.Study,
+        record: Record,
+        encoding: Encoding,
+        region: Region | None = None,
+        trials: Sequence[FrozenTrial] = (),
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """Coordinates (p) of the next point given `record`, and what it took: CPU seconds, and both by the clock."""
         from bayesdl.interop import _optuna_acquisition as acquisitions
 
-        search = acquisitions.Search(
-            self._acquisition[0], self._acquisition[1], self._signed_reference(study), *self._acquisition[2:]
-        )
         seed = stream("acquisition", self.seed, record.rank)
         began, clock = time.process_time(), time.monotonic()
-        model = self.surrogate(study, record, encoding)
-        success = self._success(study, record, encoding)
+        known = record if region is None else region.record
+        others = [(self._surrogate, _outcomes(known)), (self._cost_surrogate, self._costs(trials, known))]
+        wanted = [(self._surrogate, known), *((own, data) for own, data in others if data is not None)]
+        fit_together(wanted, encoding, study.study_name, self.seed)
+        posterior = self.fitted(study, known, encoding)
+        sought = self._goal(encoding)
+        model = _as_model(posterior, encoding, "auto" if sought is None or sought.plain else "samples")
+        spending = self._spending(study, trials, known, encoding)
+        search = acquisitions.Search(
+            self._acquisition[0], self._acquisition[1], self._signed_reference(study), *self._acquisition[2:],
+            sought, spending,
+        )  # fmt: skip
+        success = self._success(study, known, encoding)
+        area = None if region is None else box(region, posterior, encoding)
         fitted = time.process_time()
         with acquisitions.seeded(seed):
-            built = acquisitions.build(search, model, record, encoding, seed)
-            built = acquisitions.surface(built, success, record)
-            z = acquisitions.optimise(built, search, encoding, record, seed)
+            built = acquisitions.build(search, model, known, encoding, seed)
+            built = acquisitions.surface(built, success, known, spending)
+            z = acquisitions.optimise(built, search, encoding, record, seed, area)
         if len(record.pending) and bool(((record.pending - z).abs().amax(-1) < 1e-9).any()):
             z = self._quasi_random(encoding, record.rank)  # what is under way already
         done = time.process_time()
@@ -187,8 +228,85 @@ class BayesdlSampler(BaseSampler):
     def reseed_rng(self) -> None:
         """Nothing to do: streams follow from the seed and the record."""
 
+    def recommend(self, study: optuna.Study, encoding: Encoding, record: Record) -> tuple[dict[str, Any], float, float]:
+        """Of the points that were evaluated, the one of which the surrogate thinks best: what is sought there.
+
+        Returns:
+            Parameters, with fidelities at their targets and without the environment; mean and standard deviation of
+            what is sought, in the user's signs.
+        """
+        from bayesdl.interop._optuna_goal import GoalModel
+
+        sought = self._goal(encoding)
+        view = "auto" if sought is None or sought.plain else "samples"
+        model = _as_model(self.fitted(study, record, encoding), encoding, view)
+        model = model if sought is None else GoalModel(model, sought)
+        with torch.no_grad():
+            found = model.posterior(record.z.unsqueeze(-2))
+            mean, deviation = found.mean[:, 0], found.variance[:, 0].sqrt()
+        m = record.y.shape[-1]
+        violation = mean[:, m:].clamp_min(0.0).sum(-1).tolist()
+        best = min(range(len(violation)), key=lambda i: (violation[i], -float(mean[i, 0])))
+        params = {**encoding.decode(record.z[best]), **self.fidelities}
+        sign = 1.0 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else -1.0
+        params = {name: value for name, value in params.items() if name not in self.environment}
+        return params, sign * float(mean[best, 0]), float(deviation[best, 0])
+
+    def _enough(self, encoding: Encoding) -> int:
+        """Quasi-random trials before the first fit."""
+        return self.num_startup or min(50, max(5, 2 * len(encoding.names) + 2))
+
     def _quasi_random(self, encoding: Encoding, rank: int) -> torch.Tensor:
-        return sobol_point(encoding, rank, stream("start", self.seed))
+        z = sobol_point(encoding, rank, stream("start", self.seed))
+        if rank % _TARGET_EVERY == 0:
+            for name, value in self.fidelities.items():
+                if name in encoding.names:
+                    z[encoding.names.index(name)] = encoding.inward(name, value)
+        return z
+
+    def _goal(self, encoding: Encoding) -> Any:
+        """What is sought, None where that is what is evaluated."""
+        if not self.fidelities and not self.environment:
+            return None
+        from bayesdl.interop._optuna_goal import goal
+
+        return goal(self.fidelities, self.environment, self.risk, encoding, self.seed)
+
+    def _spending(
+        self, study: optuna.Study, trials: Sequence[FrozenTrial], record: Record, encoding: Encoding
+    ) -> Spending | None:
+        """The expected cost as a function of coordinates; None where costs do not matter or are not known yet."""
+        if self.cost is None:
+            return None
+        share = weight(self.cost, trials, self._enough(encoding))
+        if self.cost.source == "known":
+            return Spending(KnownLogCost(self.cost.fixed, self.cost.rates, encoding), share)
+        costs = self._costs(trials, record)
+        if costs is None:
+            return None
+        posterior = self._cost_surrogate.posterior(costs, encoding, study.study_name, self.seed)
+        return Spending(LearnedLogCost(_as_model(posterior, encoding, "gaussian")), share)
+
+    def _costs(self, trials: Sequence[FrozenTrial], record: Record) -> Record | None:
+        """The logarithms of observed costs, None where they are not learned, or too few yet."""
+        if self.cost is None or self.cost.source == "known":
+            return None
+        seen = log_costs(self.cost, trials, record.numbers)
+        known = seen[:, 0].isfinite()
+        if int(known.sum()) < 2:
+            return None
+        return record._replace(z=record.z[known], y=seen[known], constraints=seen[known, :0])
+
+    def _region(
+        self, study: optuna.Study, trials: Sequence[FrozenTrial], record: Record, encoding: Encoding
+    ) -> Region | None:
+        """Where the search stands, if it has a trust region."""
+        if self.trust_region is None:
+            return None
+        if len(study.directions) > 1:
+            wanted = "a trust region is for one objective."
+            fail(SettingError, "BayesdlSampler", wanted, got=f"{len(study.directions)}", fix="trust_region=None")
+        return current(self.trust_region, trials, record, len(encoding.names))
 
     def _signed_reference(self, study: optuna.Study) -> tuple[float, ...] | None:
         point = self._reference_point
@@ -204,14 +322,34 @@ class BayesdlSampler(BaseSampler):
 
     def _success(self, study: optuna.Study, record: Record, encoding: Encoding) -> Any:
         """A surrogate of -1 (failed) and 1 (succeeded), where more than a tenth of the evaluations failed."""
-        tried = len(record.z) + len(record.failed)
-        if len(record.failed) <= _FAILURES_THAT_MATTER * tried:
+        both = _outcomes(record)
+        if both is None:
             return None
-        outcome = torch.ones(tried, 1, dtype=torch.float64)
-        outcome[len(record.z) :] = -1.0
-        both = record._replace(z=torch.cat([record.z, record.failed]), y=outcome, constraints=outcome[:, :0])
         posterior = self._surrogate.posterior(both, encoding, study.study_name, self.seed)
         return _as_model(posterior, encoding, "gaussian")
+
+
+def _outcomes(record: Record) -> Record | None:
+    """What succeeded (1) and what failed (-1), None where failures are too few to matter."""
+    tried = len(record.z) + len(record.failed)
+    if len(record.failed) <= _FAILURES_THAT_MATTER * tried:
+        return None
+    outcome = torch.ones(tried, 1, dtype=torch.float64)
+    outcome[len(record.z) :] = -1.0
+    return record._replace(z=torch.cat([record.z, record.failed]), y=outcome, constraints=outcome[:, :0])
+
+
+def _check_aims(trust_region: Any, cost: Any, fidelities: Sequence[str], environment: Sequence[str]) -> None:
+    where = "BayesdlSampler"
+    if trust_region is not None and not hasattr(trust_region, "failure_tolerance"):
+        wanted = "trust_region must be a TrustRegion."
+        fail(SettingError, where, wanted, got=repr(trust_region), fix="bdl.bo.TrustRegion()")
+    if fidelities and cost is None:
+        wanted = "fidelities need a cost, without which the most exact evaluation is always the best."
+        fail(SettingError, where, wanted, got="cost=None", fix='cost="seconds", or bdl.bo.KnownCost(...)')
+    if trust_region is not None and (fidelities or environment):
+        wanted = "a trust region is for spaces without fidelities or an environment."
+        fail(SettingError, where, wanted, got=str([*fidelities, *environment]), fix="trust_region=None")
 
 
 def default_engine() -> Any:
@@ -237,7 +375,8 @@ def _as_model(posterior: Any, encoding: Encoding, view: str) -> Any:
     from bayesdl.interop import _optuna_acquisition as acquisitions
     from bayesdl.interop.botorch import to_botorch
 
-    model = to_botorch(posterior, view=view)
+    # A risk is taken of every member at every draw of the environment, so they are fewer there.
+    model = to_botorch(posterior, view=view, num_samples=_MEMBERS_AT_RISK if view == "samples" else 256)
     return acquisitions.Encoded(model, encoding) if encoding.categories else model
 
 

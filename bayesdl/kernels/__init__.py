@@ -5,6 +5,8 @@ from bayesdl.kernels.algebra import Product, Scale, Sum
 from bayesdl.kernels.base import Kernel, autograd_pullback
 from bayesdl.kernels.bounded import Bounded
 from bayesdl.kernels.convolution import Conv, Flatten, GlobalAveragePool
+from bayesdl.kernels.coregionalization import Coregionalization
+from bayesdl.kernels.derivatives import Derivatives, Observed, check_differentiable, derivatives
 from bayesdl.kernels.infinite_width import FiniteNetwork
 from bayesdl.kernels.layers import Dense, Layer, Residual, Serial
 from bayesdl.kernels.linear import Linear
@@ -19,7 +21,9 @@ __all__ = [
     "Activation",
     "Bounded",
     "Conv",
+    "Coregionalization",
     "Dense",
+    "Derivatives",
     "FiniteNetwork",
     "Flatten",
     "GlobalAveragePool",
@@ -28,6 +32,7 @@ __all__ = [
     "Layer",
     "Linear",
     "Matern",
+    "Observed",
     "Periodic",
     "Product",
     "RationalQuadratic",
@@ -36,5 +41,7 @@ __all__ = [
     "Serial",
     "Sum",
     "autograd_pullback",
+    "check_differentiable",
     "critical",
+    "derivatives",
 ]

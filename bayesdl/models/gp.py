@@ -15,6 +15,7 @@ from bayesdl import _checks, ops
 from bayesdl.errors import SettingError, fail
 from bayesdl.hyper import LogNormal, Parameter
 from bayesdl.kernels import Kernel
+from bayesdl.kernels.coregionalization import label_columns
 from bayesdl.likelihoods import Gaussian, Likelihood
 
 if TYPE_CHECKING:
@@ -86,6 +87,10 @@ class GP:
         kernel = tuple(p.prefixed("kernel") for p in self.kernel.parameters(d))
         mean = () if isinstance(self.mean, str) else tuple(p.prefixed("mean") for p in self.mean.parameters(d))
         return Layout(kernel + mean + self.likelihood.parameters(), has_mean=self.mean == "constant")
+
+    def label_columns(self, d: int) -> tuple[int, ...]:
+        """Which of d input columns hold labels, such as numbers of tasks: engines do not standardise them."""
+        return label_columns(self.kernel, d)
 
     @staticmethod
     def kernel_values(values: Values) -> Values:

@@ -378,7 +378,7 @@ def test_workers_share_the_trials_and_a_killed_one_is_replaced(command, tmp_path
     study = _wait_for_trials(tmp_path, 3)
     victims = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(victims[-1]), signal.SIGKILL)
-    said, complained = run.communicate(timeout=600)
+    said, complained = run.communicate(timeout=1200)
     assert run.returncode == 0, complained
     assert "16 complete" in said
     assert sum(t.state == "complete" for t in study.trials) == 16
@@ -390,19 +390,19 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(command, tmp_path, num_worker
     run = command("--trials", "8", "--workers", num_workers, nap="0.5")
     study = _wait_for_trials(tmp_path, 2)
     os.killpg(run.pid, signal.SIGINT)
-    _, complained = run.communicate(timeout=300)
+    _, complained = run.communicate(timeout=1200)
     assert run.returncode == 130, complained
     assert "the same command goes on" in complained
     assert not any(t.state == "running" for t in study.trials)
     run = command("--trials", "8", "--workers", num_workers, nap="0")
-    said, complained = run.communicate(timeout=600)
+    said, complained = run.communicate(timeout=1200)
     assert run.returncode == 0, complained
     assert "8 complete" in said
 
 
 def _wait_for_trials(folder, count):
     space = {"x": (-1.0, 1.0), "n": range(1, 4)}
-    until = time.monotonic() + 300
+    until = time.monotonic() + 1200
     while time.monotonic() < until:
         if (folder / "problem.db").exists():
             study = Study(space, storage=folder / "problem.db", study_name="problem", cache=None, **SOBOL)

@@ -190,7 +190,7 @@ def test_names_become_boTorchs_acquisitions(asked, y, constraints, kind):
     points = torch.rand(3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with acquisitions.seeded(0):
         built = acquisitions.build(search, model, told, encoding, 0)
-        assert type(built) is kind
+        assert isinstance(built, kind)
         if asked != "qKnowledgeGradient":
             assert torch.isfinite(built(points)).all()
 
