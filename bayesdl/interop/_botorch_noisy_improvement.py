@@ -107,7 +107,9 @@ class _GaussianDraws:
         self._posterior, self._scale = posterior, scale
         state, self._num_fixed = posterior._state, len(fixed)
         k_xb, inner = posterior._cross(as_trained_gp(posterior, fixed))
-        self._half = ops.gaussian.solve_lower(state.chol, k_xb)  # (1, n, b)
+        # A factor read from a file lies row by row, a fresh one column by column, and they solve with other roundings.
+        self._root = state.chol.contiguous()
+        self._half = ops.gaussian.solve_lower(self._root, k_xb)  # (1, n, b)
         self._rows = torch.cat([state.x, inner], -2)
         k_bb = posterior._model.kernel(inner, params=posterior._kernel_values())
         covariance = self._scale * (k_bb - self._half.mT @ self._half)
@@ -137,7 +139,7 @@ class _GaussianDraws:
         inner = p._units.inward_x(points, torch.float64).unsqueeze(-3)  # (1, t, d): all t-batches in one matrix
         kernel, values = p._model.kernel, p._kernel_values()
         k_xs, k_bs = kernel(self._rows, inner, params=values).split([state.x.shape[-2], self._num_fixed], -2)
-        half = ops.gaussian.solve_lower(state.chol, k_xs)
+        half = ops.gaussian.solve_lower(self._root, k_xs)
         k_ss = kernel.diagonal(inner, params=values)
         mean = (k_xs.mT @ state.alpha.unsqueeze(-1)).squeeze(-1) + p._prior_mean(inner)
         cross = self._scale * (k_bs - self._half.mT @ half)
