@@ -186,7 +186,7 @@ def _traces(table: pd.DataFrame) -> Figure:
     problems = list(dict.fromkeys(table["problem"]))
     columns = min(4, len(problems))
     lines = math.ceil(len(problems) / columns)
-    figure = Figure(figsize=(3.1 * columns, 2.5 * lines + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(6.2, 3.1 * columns), 2.5 * lines + 0.6), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     handles: dict[str, Any] = {}
     for ax, name in zip(panels, problems, strict=False):
