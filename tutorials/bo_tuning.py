@@ -5,9 +5,9 @@
 # model several times. Bayesian optimisation fits a surrogate to the choices judged so far and asks it where to look
 # next. Any engine of bayesdl is such a surrogate, and changing it is one line.
 #
-# The answer: for a handful of numbers and a few dozen trials it hardly matters which. All three find settings that are
-# better than the defaults, and what they propose is much better than what chance proposes. What differs is what a
-# proposal costs and what each believes about where nobody looked.
+# The answer: for a handful of numbers and a few dozen trials it matters little which. All three end with settings
+# better than the defaults, which a few quasi-random ones are as well; the last tenths are what a search adds. What
+# differs is what a proposal costs and what each believes about where nobody looked.
 #
 # The pictures go to the folder that BAYESDL_FIGURES names, by default `tutorials/figures`.
 
@@ -101,9 +101,8 @@ print(f"scikit-learn's defaults: {default:.2f}")
 
 # %% [markdown]
 # ## Three surrogates, one loop
-# A Gaussian process; the Gaussian process that a network of infinite width is; and a network that was trained
-# beforehand on functions like those that one optimises, and reads the trials in one forward pass. All start from the
-# same quasi-random settings, which are evaluated once.
+# A Gaussian process; the Gaussian process that a network of infinite width is; and that process with an unknown scale,
+# a Student-t process. All start from the same quasi-random settings, which are evaluated once.
 
 # %%
 engines = {
@@ -111,7 +110,9 @@ engines = {
     "infinite network": bdl.ExactGP(
         bdl.GP(bdl.kernels.Scale(bdl.kernels.NNGP(depth=3, activation="erf"))), num_starts=2
     ),
-    "PFN": bdl.PFN.from_pretrained("bo", precision="float32"),
+    "Student-t": bdl.ScaleMixture(
+        bdl.GP(bdl.kernels.Scale(bdl.kernels.NNGP(depth=3, activation="erf"))), bdl.priors.InverseGamma(2.0, 1.0)
+    ),
 }
 first = bdl.bo.Study(space, seed=1, num_startup=NUM_START)
 first.optimize(error, NUM_START)
@@ -201,5 +202,5 @@ show(figure, "bo_tuning")
 # %%
 # Every surrogate ends with settings better than the defaults, by more than a percent.
 assert (table["best"] < 0.99 * default).all()
-# And where it looked was better, on average, than where chance did.
-assert (table["mean of proposals"] < by_chance).all()
+# The Gaussian process also finds better ones than chance had found before.
+assert table["best"]["GP"] < min(value for _, value in start)
