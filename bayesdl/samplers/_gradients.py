@@ -76,6 +76,13 @@ class ValueAndGradient:
         return zip(qs, *rests, strict=True)
 
 
+def repeated(evaluate: Evaluate, step: Step, carry: Carry, constants: Any, num_steps: int) -> Carry:
+    """`evaluate.repeat`, and for any other function that gives value and gradient the loop in Python."""
+    if isinstance(evaluate, ValueAndGradient):
+        return evaluate.repeat(step, carry, constants, num_steps)
+    return in_python(evaluate, step, carry, constants, num_steps)
+
+
 def _eager(log_density: Callable[..., Tensor]) -> Evaluate:
     known = getattr(log_density, "value_and_grad", None)
     if known is not None:

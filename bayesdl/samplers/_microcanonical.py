@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import ShapeError, fail
-from bayesdl.samplers._gradients import ValueAndGradient
-from bayesdl.samplers._repeated import in_python, pick
+from bayesdl.samplers._gradients import repeated
+from bayesdl.samplers._repeated import pick
 from bayesdl.samplers.adaptation import pool_step_sizes
 from bayesdl.samplers.base import ValueAndGrad
 from bayesdl.samplers.hamiltonian import MAX_ENERGY_ERROR, Metric
@@ -145,12 +145,7 @@ def integrate(
     velocity, logarithm = _turn(velocity, metric.whiten(grad), first * full)
     parts = tuple((drift * full, part * full) for drift, part in zip(scheme.drifts, kicks, strict=True))
     constants = (parts, (kicks[-1] + first) * full, metric)
-    carry = (q, velocity, log_density, grad, logarithm)
-    if isinstance(evaluate, ValueAndGradient):
-        carry = evaluate.repeat(_stages, carry, constants, num_steps)
-    else:
-        carry = in_python(evaluate, _stages, carry, constants, num_steps)
-    *end, logarithm = carry
+    *end, logarithm = repeated(evaluate, _stages, (q, velocity, log_density, grad, logarithm), constants, num_steps)
     turns = 1 + num_steps * len(parts)
     kinetic = (q.shape[-1] - 1) * (logarithm.squeeze(-1) - turns * math.log(2))
     return Point(*end), kinetic

@@ -50,10 +50,12 @@ class Loops:
 
         A graph for a single step does not pay for its compilation, and off the CPU nothing of this has been tried.
         """
+        if self._failed or carry[0].device.type != "cpu":
+            return None
         # An expanded tensor would be another graph than a full one.
         carry, constants = _contiguous(tuple(part.detach() for part in carry)), _contiguous(constants)
         key = step, _kind(carry), _kind(constants)
-        if self._failed or carry[0].device.type != "cpu" or (num_steps < 2 and key not in self._graphs):
+        if num_steps < 2 and key not in self._graphs:
             return None
         try:
             if key not in self._graphs:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesdl.samplers._gradients import ValueAndGradient
-from bayesdl.samplers._repeated import in_python, pick
+from bayesdl.samplers._gradients import repeated
+from bayesdl.samplers._repeated import pick
 from bayesdl.samplers.base import ValueAndGrad
 
 MAX_ENERGY_ERROR = 1000.0  # beyond it a trajectory counts as divergent
@@ -179,9 +179,7 @@ def leapfrog(
     scaled = full * metric.inverse_mass.unsqueeze(-2) if metric.kind == "diagonal" else None
     carry = (q, torch.addcmul(p, full, grad, value=0.5), grad[..., 0], grad)
     constants = (full, 0.5 * full, scaled, metric)
-    if isinstance(evaluate, ValueAndGradient):
-        return evaluate.repeat(_leap, carry, constants, num_steps)
-    return in_python(evaluate, _leap, carry, constants, num_steps)
+    return repeated(evaluate, _leap, carry, constants, num_steps)
 
 
 def _leap(evaluate: ValueAndGrad, carry: tuple[Tensor, ...], constants: Any, last: bool | Tensor) -> tuple[Tensor, ...]:
