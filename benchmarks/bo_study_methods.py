@@ -273,15 +273,15 @@ def _bnn() -> Any:
 
 
 def _hmc() -> Any:
-    return bdl.HMC(_bnn(), num_chains=4, num_warmup=100, num_draws=64, num_steps=24)
+    return bdl.HMC(_bnn(), num_chains=8, num_warmup=50, num_draws=16, num_steps=10)
 
 
 def _sghmc() -> Any:
-    return bdl.SGHMC(_bnn(), num_chains=4, num_warmup=1000, num_draws=64)
+    return bdl.SGHMC(_bnn(), num_chains=16, num_warmup=400, num_draws=8)
 
 
 def _ensemble() -> Any:
-    return bdl.Ensemble(_bnn(), num_members=10, num_steps=500)
+    return bdl.Ensemble(_bnn(), num_members=10, num_steps=300)
 
 
 def _pfn(name: str) -> Any:

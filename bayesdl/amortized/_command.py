@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bayesdl.amortized._worker import PRECISIONS
+from bayesdl.amortized.checkpoint import Pretrained
 from bayesdl.amortized.network import HEADS, Architecture
 from bayesdl.amortized.pretrain import pretrain
 from bayesdl.amortized.schedule import Schedule
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, _, name, kind, text in _OPTIONS:
         add(option, dest=name, type=kind, metavar=name.upper(), help=text)
     add("--checkpoint", type=Path, metavar="FOLDER", help="state of the run (default: OUT.run)")
+    add("--start", type=Path, metavar="FILE", help="a trained network of the same shape to begin with")
     add("--seed", type=int, default=0, help="seed of weights and tasks (default: %(default)s)")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--num-devices", type=int, default=1, metavar="N", help="processes side by side, by Lightning Fabric")
@@ -66,11 +68,12 @@ def run(args: argparse.Namespace) -> int:
         fields = dict(vars(given)) if given is not None else dict(first)
         asked = {name: getattr(args, name) for _, where, name, _, _ in _OPTIONS if where == part}
         chosen[part] = kind(**{**fields, **{name: value for name, value in asked.items() if value is not None}})
+    start = None if args.start is None else Pretrained.load(args.start)
     trained = pretrain(
         found["prior"], chosen["architecture"], chosen["schedule"], out=args.out, checkpoint=args.checkpoint,
-        card=found.get("card"), seed=args.seed, device=torch.device(args.device), num_devices=args.num_devices,
-        precision=args.precision, compile=args.compile, progress=not args.quiet, evaluate=found.get("evaluate"),
-        max_seconds=args.max_seconds,
+        card=found.get("card"), start=start, seed=args.seed, device=torch.device(args.device),
+        num_devices=args.num_devices, precision=args.precision, compile=args.compile, progress=not args.quiet,
+        evaluate=found.get("evaluate"), max_seconds=args.max_seconds,
     )  # fmt: skip
     card = trained.card
     last = card["log"][-1] if card["log"] else {}

@@ -40,7 +40,7 @@ def predictive(architecture: Architecture, raw: Tensor, borders: Tensor | None) 
         return BarDistribution(raw, _needed(borders).to(raw))
     if architecture.head == "mixture":
         logits, loc, scale = _gaussians(raw)
-        return GaussianMixture(loc, scale, logits.softmax(-1), validate_args=False)
+        return GaussianMixture._of(loc, scale, logits.softmax(-1))
     return Categorical(logits=raw, validate_args=False)
 
 

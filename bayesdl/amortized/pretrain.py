@@ -33,7 +33,7 @@ from bayesdl.amortized.checkpoint import Pretrained
 from bayesdl.amortized.heads import log_score, make_borders
 from bayesdl.amortized.network import Architecture, Network
 from bayesdl.amortized.schedule import Schedule
-from bayesdl.errors import NumericalError, fail
+from bayesdl.errors import NumericalError, SettingError, fail
 
 Evaluate = Callable[[Pretrained], Mapping[str, float]]
 
@@ -50,6 +50,7 @@ def pretrain(
     out: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     card: Mapping[str, Any] | None = None,
+    start: Pretrained | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     num_devices: int = 1,
@@ -74,6 +75,8 @@ def pretrain(
             run cannot be resumed.
         card: Entries of the card beside those that are known here, or in their place: name, licence, inputs and targets
             ("standardized" by default), ranges.
+        start: A trained network of the same architecture whose weights (and bars) are where this run begins: to make
+            one for a prior that is near another's takes a fraction of the steps. The card tells of it.
         seed: Of weights and tasks.
         device: Where to train and to sample the prior.
         num_devices: Processes with one device each, by Lightning Fabric (`pip install bayesdl[train]`), each with
@@ -87,7 +90,8 @@ def pretrain(
 
     Raises:
         ShapeError: The prior's tasks are not of the shapes that were asked for.
-        SettingError: A setting is out of range, or `checkpoint` holds a run with other settings.
+        SettingError: A setting is out of range, `start` is of another architecture, or `checkpoint` holds a run with
+            other settings.
         StorageError: A file of the checkpoint is damaged.
         NumericalError: Gradients were not finite many times in a row.
         KeyboardInterrupt: After Ctrl-C, and SystemExit after SIGTERM, when the checkpoint is written.
@@ -109,7 +113,7 @@ def pretrain(
     folder = None if checkpoint is None else Path(checkpoint)
     seed = _random.root_seed(seed)
     job = _Job(prior, architecture, schedule, seed, worker, folder, compile, evaluate)
-    job.prepare(dict(card or {}), out)
+    job.prepare(dict(card or {}), out, start)
     deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
     _train(job, deadline, progress)
     trained = job.snapshot()
@@ -128,24 +132,26 @@ class _Job:
         self.prior, self.architecture, self.schedule, self.seed = prior, architecture, schedule, seed
         self.worker, self.folder, self.compiled, self.evaluate = worker, folder, compiled, evaluate
 
-    def prepare(self, card: dict[str, Any], out: Path | None) -> None:
+    def prepare(self, card: dict[str, Any], out: Path | None, start: Pretrained | None) -> None:
         """Borders, card, network and optimiser, and what an earlier call has done already."""
         bars = self.architecture.outputs if self.architecture.head == "bars" else 0
         values, x_range = _batches.probe(
             self.prior, self.architecture, self.schedule, self.seed, max(_VALUES_A_BAR * bars, 20_000)
         )
-        borders = make_borders(values, bars) if bars else None
+        network, borders = Network(self.architecture, seed=self.seed), make_borders(values, bars) if bars else None
+        begun: dict[str, Any] = {}
+        if start is not None:
+            borders, begun = start.borders, {"started_from": _begin(network, start)}
         self.borders = None if borders is None else borders.float().to(self.worker.device)
-        self.card = {**_first_card(self.prior, self.architecture, self.schedule, x_range, out), **card}
+        self.card = {**_first_card(self.prior, self.architecture, self.schedule, x_range, out), **begun, **card}
         # the card and the borders must fit before hours of training, not after
-        network = Network(self.architecture, seed=self.seed)
         Pretrained(copy.deepcopy(network), borders, {**self.card})
         network = network.to(self.worker.device)
         self.run = _run.new(network, self.schedule)
         probed = [float(v) for v in values[:4].double()]
         self.settings = _run.settings_of(
             self.schedule, architecture=dataclasses.asdict(self.architecture), seed=self.seed,
-            prior=self.card["prior"], first_values=probed,
+            prior=self.card["prior"], first_values=probed, **begun,
         )  # fmt: skip
         if self.folder is not None:
             _run.resume(self.folder, self.run, self.schedule, self.settings)
@@ -312,6 +318,16 @@ class _Bar:
             shown = {k: v for k, v in line.items() if k not in ("step", "seconds", "learning_rate")}
             self._bar.set_postfix_str(", ".join(f"{key} {value:.3f}" for key, value in list(shown.items())[:4]), False)
         self._bar.update(1)
+
+
+def _begin(network: Network, start: Pretrained) -> dict[str, Any]:
+    """Give `network` the weights of `start`; returns what the card says of it."""
+    theirs = start.network.architecture
+    if theirs != network.architecture:
+        fix = "architecture=start.network.architecture"
+        fail(SettingError, "pretrain", "start must have the architecture of this run.", got=repr(theirs), fix=fix)
+    network.load_state_dict(start.network.state_dict())
+    return {name: start.card.get(name) for name in ("name", "prior", "steps")}
 
 
 def _first_card(

@@ -299,7 +299,7 @@ class Reader:
             like = self._bars.borders
             return BarDistribution._of(parameters[0], self._bars, like.new_zeros(()), like.new_ones(()))
         if head == "mixture":
-            return GaussianMixture(*parameters, validate_args=False)
+            return GaussianMixture._of(*parameters)
         return Categorical(logits=parameters[0], validate_args=False)
 
     def _widest(self) -> int:

@@ -57,6 +57,14 @@ class GaussianMixture(Distribution):
         self.weights = given / given.shape[-1] if weights is None else _normalised(given)
         super().__init__(self.loc.shape[:-1], validate_args=validate_args)
 
+    @classmethod
+    def _of(cls, loc: Tensor, scale: Tensor, weights: Tensor) -> GaussianMixture:
+        """From tensors of one shape whose weights are known to be probabilities: nothing is checked."""
+        made = cls.__new__(cls)
+        made.loc, made.scale, made.weights = loc, scale, weights
+        Distribution.__init__(made, loc.shape[:-1], validate_args=False)
+        return made
+
     def expand(self, batch_shape: Any, _instance: Distribution | None = None) -> GaussianMixture:
         """The same mixture with batch axes broadcast to `batch_shape`."""
         shape = (*shape_of(batch_shape), self.loc.shape[-1])

@@ -174,5 +174,5 @@ def _reflected(d: torch.distributions.Distribution) -> torch.distributions.Distr
     if isinstance(d, BarDistribution):
         return d.reflected()
     if isinstance(d, GaussianMixture):
-        return GaussianMixture(-d.loc, d.scale, d.weights, validate_args=False)
+        return GaussianMixture._of(-d.loc, d.scale, d.weights)
     return type(d)(-d.loc, d.scale, validate_args=False)

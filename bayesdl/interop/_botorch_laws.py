@@ -234,10 +234,25 @@ class Members(_Matched):
 
     def __init__(self, posterior: Posterior, num: int, seed: int) -> None:
         super().__init__(posterior)
-        self.functions, self.num_members = member_functions(posterior, num, seed)
-        with torch.no_grad():
-            self.num_outputs = self.values(posterior._data.x[..., :1, :]).shape[-1]
+        self._settings = num, seed
+        if not is_regression(posterior):  # there the functions say how many of them one label takes
+            with torch.no_grad():
+                self.num_outputs = self.values(posterior._data.x[..., :1, :]).shape[-1]
         self.num_groups = 1
+
+    @functools.cached_property
+    def _drawn(self) -> tuple[Any, int]:
+        return member_functions(self.posterior, *self._settings)
+
+    @property
+    def functions(self) -> Any:
+        """The functions, drawn when first asked for."""
+        return self._drawn[0]
+
+    @property
+    def num_members(self) -> int:
+        """S."""
+        return self._drawn[1]
 
     def values(self, x: Tensor) -> Tensor:
         """(..., S, q, m) at x (..., q, d), float64."""

@@ -31,6 +31,7 @@ from botorch.utils.multi_objective.hypervolume import infer_reference_point
 from botorch.utils.multi_objective.pareto import is_non_dominated
 from botorch.utils.sampling import manual_seed
 from torch import Tensor
+from torch.distributions import Distribution
 
 from bayesdl.errors import SettingError, fail
 from bayesdl.interop._botorch_noisy_improvement import accelerate
@@ -66,6 +67,7 @@ class Search(NamedTuple):
         num_samples: Base samples of Monte Carlo acquisitions.
         num_restarts: Searches of the optimiser.
         num_candidates: Points among which the starts of the searches are chosen.
+        max_steps: Steps of each search at most.
         goal: What is sought, where that is not the value of an evaluation.
         spending: The expected cost, where improvement is sought per cost.
     """
@@ -76,6 +78,7 @@ class Search(NamedTuple):
     num_samples: int
     num_restarts: int
     num_candidates: int
+    max_steps: int = 200
     goal: Goal | None = None
     spending: Spending | None = None
 
@@ -102,6 +105,10 @@ class Encoded(Model):
         """The surrogate's posterior at coordinates X (*t q p)."""
         return self.inner.posterior(self._encoding.expand(X), *args, **settings)
 
+    def predictive(self, X: Tensor) -> Distribution:
+        """The surrogate's marginal law of f at coordinates X (*t q p), where it has one."""
+        return self.inner.predictive(self._encoding.expand(X))
+
     def subset_output(self, idcs: list[int]) -> Model:
         """The outputs `idcs` alone."""
         return Encoded(self.inner.subset_output(idcs), self._encoding)
@@ -124,9 +131,9 @@ class Feasibility(torch.nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(*t q)."""
-        posterior = self._model.posterior(z.unsqueeze(-2))
-        scale = posterior.variance.clamp_min(1e-8).sqrt()
-        return torch.special.log_ndtr(posterior.mean / scale).squeeze(-1).squeeze(-1)
+        law = self._model.predictive(z.unsqueeze(-2))
+        scale = law.variance.clamp_min(1e-8).sqrt()
+        return torch.special.log_ndtr(law.mean / scale).squeeze(-1).squeeze(-1)
 
 
 @contextmanager
@@ -401,8 +408,10 @@ def optimise(
     spread = restarts()  # over the workers of joblib, if the user has set any
     discrete = {**grids, **{i: [float(c) for c in range(n)] for i, n in encoding.categories.items()}}
     if not discrete:
-        options = {"seed": seed % 2**31, "maxiter": 200, "init_batch_limit": at_once}
-        return optimize_acqf(acquisition, bounds, q=1, options=options, **settings, **spread)[0][-1]
+        options = {"seed": seed % 2**31, "maxiter": search.max_steps, "init_batch_limit": at_once}
+        # a search that was cut short at so many steps is no reason to begin again
+        once = {"retry_on_optimization_warning": search.max_steps >= 200}
+        return optimize_acqf(acquisition, bounds, q=1, options=options, **settings, **once, **spread)[0][-1]
     if encoding.num_points <= _MOST_LISTED:
         points = _unseen(encoding.all_points(), torch.cat([record.z, record.pending]))
         if box is not None and bool(box.holds(points).any()):
@@ -414,7 +423,7 @@ def optimise(
     if combinations <= _MOST_SLICES:
         axes = torch.cartesian_prod(*(torch.tensor(values, dtype=torch.float64) for values in discrete.values()))
         slices = [dict(zip(discrete, row.tolist(), strict=True)) for row in axes.reshape(combinations, -1)]
-        options = {"seed": seed % 2**31, "maxiter": 200, "init_batch_limit": at_once}
+        options = {"seed": seed % 2**31, "maxiter": search.max_steps, "init_batch_limit": at_once}
         settings |= {"fixed_features_list": slices, "options": options}
         return optimize_acqf_mixed(acquisition, bounds, q=1, **settings, **spread)[0][-1]
     grids = {i: values for i, values in grids.items() if len(values) > 1}

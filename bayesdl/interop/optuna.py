@@ -77,7 +77,8 @@ class BayesdlSampler(BaseSampler):
         Args:
             engine: Any engine of bayesdl; None for an exact GP with a Matern-5/2 kernel.
             acquisition: "auto" (qLogNEI; qLogNEHVI for 2 to 4 objectives, qLogNParEGO for more; qLogPF until something
-                is feasible), the name of one of BoTorch's acquisitions ("qUCB", "qKnowledgeGradient",
+                is feasible; for one objective under a network, the logarithm of the expected improvement of its
+                marginals), the name of one of BoTorch's acquisitions ("qUCB", "qKnowledgeGradient",
                 "LogExpectedImprovement", ...), or a function of (model, record) that returns one.
             acquisition_options: Keywords of a named acquisition, such as {"beta": 4.0} for "qUCB".
             num_startup: Quasi-random trials before the first fit; None for 2 p + 2 of p parameters, from 5 to 50.
@@ -179,6 +180,7 @@ class BayesdlSampler(BaseSampler):
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Coordinates (p) of the next point given `record`, and what it took: CPU seconds, and both by the clock."""
         from bayesdl.interop import _optuna_acquisition as acquisitions
+        from bayesdl.interop import _optuna_marginal as marginal
 
         seed = stream("acquisition", self.seed, record.rank)
         began, clock = time.process_time(), time.monotonic()
@@ -188,17 +190,21 @@ class BayesdlSampler(BaseSampler):
         fit_together(wanted, encoding, study.study_name, self.seed)
         posterior = self.fitted(study, known, encoding)
         sought = self._goal(encoding)
-        model = _as_model(posterior, encoding, "auto" if sought is None or sought.plain else "samples")
         spending = self._spending(study, trials, known, encoding)
         search = acquisitions.Search(
             self._acquisition[0], self._acquisition[1], self._signed_reference(study), *self._acquisition[2:],
-            sought, spending,
+            goal=sought, spending=spending,
         )  # fmt: skip
         success = self._success(study, known, encoding)
         area = None if region is None else box(region, posterior, encoding)
         fitted = time.process_time()
         with acquisitions.seeded(seed):
-            built = acquisitions.build(search, model, known, encoding, seed)
+            if marginal.applies(posterior, known, search.acquisition, sought):
+                built: Any = marginal.build(posterior, known, encoding)
+                search = marginal.widened(search)
+            else:
+                model = _as_model(posterior, encoding, "auto" if sought is None or sought.plain else "samples")
+                built = acquisitions.build(search, model, known, encoding, seed)
             built = acquisitions.surface(built, success, known, spending)
             z = acquisitions.optimise(built, search, encoding, record, seed, area)
         if len(record.pending) and bool(((record.pending - z).abs().amax(-1) < 1e-9).any()):

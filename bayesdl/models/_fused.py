@@ -50,15 +50,26 @@ class Workspace(threading.local):
         return self._held[key]
 
 
-class FusedLogDensity(torch.autograd.Function):
+class FusedLogDensity:
     """log density (*g, C) of q (*g, C, D); `space` is a `WeightSpace` of an MLP, x (*g, n, d), y (*g, n, k)."""
 
+    def __init__(self, space: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+        self._settings = space, x, y, scale, Workspace()
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """The value, differentiable once."""
+        return _Differentiable.apply(q, *self._settings)
+
+    def value_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The value (*g, C) and its gradient (*g, C, D), without a graph."""
+        return _value_and_grad(q, *self._settings)
+
+
+class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, space: Any, x: Tensor, y: Tensor, scale: float, workspace: Workspace | None = None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, space: Any, x: Tensor, y: Tensor, scale: float, workspace: Workspace) -> Tensor:
         """Value, with the gradient kept for `backward`."""
-        value, grad = _value_and_grad(q, space, x, y, scale, Workspace() if workspace is None else workspace)
+        value, grad = _value_and_grad(q, space, x, y, scale, workspace)
         ctx.save_for_backward(grad)
         return value
 
@@ -73,25 +84,24 @@ class FusedLogDensity(torch.autograd.Function):
 def _value_and_grad(
     q: Tensor, space: Any, x: Tensor, y: Tensor, scale: float, workspace: Workspace
 ) -> tuple[Tensor, Tensor]:
-    m, chains = space.network.num_weights, q.shape[:-1].numel()
+    m, chains, widths = space.network.num_weights, q.shape[:-1].numel(), space.scale.to(q)
     z, logs = q[..., :m], q[..., m:]
     exps = logs.exp()
     priors = space.likelihood.parameters()
     params = {p.name: p.lower + exps[..., i * space.k : (i + 1) * space.k] for i, p in enumerate(priors)}
     grad = torch.empty_like(q, memory_format=torch.contiguous_format)
     flat = {name: v.reshape(chains, space.k) for name, v in params.items()}
-    weights = (z * space.scale.to(q)).reshape(chains, m)
     data = _per_chain(x, q), _per_chain(y, q)
-    fit, slopes = _likelihood(space, weights, flat, data, grad.reshape(chains, -1), workspace)
-    grad[..., :m] *= space.scale.to(q) * scale
-    grad[..., :m] += space.prior.slope(z)
-    value = scale * fit.reshape(q.shape[:-1]) + space.prior.log_prob(z)
+    fit, slopes = _likelihood(space, (z * widths).reshape(chains, m), flat, data, grad.view(chains, -1), workspace)
+    of_weights = grad[..., :m]
+    torch.addcmul(space.prior.slope(z), of_weights, widths, value=scale, out=of_weights)
+    value = torch.add(space.prior.log_prob(z), fit.view(q.shape[:-1]), alpha=scale)
     for i, p in enumerate(priors):
-        at = slice(i * space.k, (i + 1) * space.k)
-        slope_of = scale * slopes[p.name].reshape(params[p.name].shape)
+        slope_of = scale * slopes[p.name].view(params[p.name].shape)
         if p.prior is not None:
             value = value + p.prior.log_prob(params[p.name]).sum(-1)
             slope_of = slope_of + p.prior.slope(params[p.name])
+        at = slice(i * space.k, (i + 1) * space.k)
         grad[..., m:][..., at] = slope_of * exps[..., at] + 1
     return (value + logs.sum(-1) if priors else value), grad
 
@@ -115,22 +125,28 @@ def _likelihood(
     (x, y), shapes = data, space.network.shapes
     chains, n, width = weights.shape[0], x.shape[-2], sum(b for _, b in shapes)
     num_rows, num_chains = _tile_size(chains, n, width, x)
+
+    def tile(some: slice, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        mine = params if some.stop - some.start == chains else {name: v[some] for name, v in params.items()}
+        inputs, targets = x[some, rows], y[some, rows]
+        layers, by_layer = _unpack(weights[some], shapes), _unpack(grad[some], shapes)
+        held = workspace.take([(*inputs.shape[:2], b) for _ in range(2) for _, b in shapes], inputs)
+        values = _forward(layers, inputs, space.network.activation, held[: len(shapes)])
+        value, slope, slope_of = space.likelihood.value_and_slope(values[-1], targets, mine)
+        fresh = rows.start == 0
+        _backward(layers, values, slope, space.network.activation, by_layer, held[len(shapes) :], fresh=fresh)
+        return value, slope_of
+
+    if num_rows >= n and num_chains >= chains:
+        return tile(slice(0, chains), slice(0, n))
     fit, slopes = weights.new_zeros(chains), {name: torch.zeros_like(v) for name, v in params.items()}
     for first in range(0, chains, num_chains):
         some = slice(first, min(first + num_chains, chains))
-        layers = _unpack(weights[some], shapes)
-        by_layer = _unpack(grad[some], shapes)
-        mine = {name: v[some] for name, v in params.items()}
         for start in range(0, n, num_rows):
-            rows = slice(start, min(start + num_rows, n))
-            tile = x[some, rows]
-            held = workspace.take([(*tile.shape[:2], b) for _ in range(2) for _, b in shapes], tile)
-            values = _forward(layers, tile, space.network.activation, held[: len(shapes)])
-            value, slope, slope_of = space.likelihood.value_and_slope(values[-1], y[some, rows], mine)
+            value, slope_of = tile(some, slice(start, min(start + num_rows, n)))
             fit[some] += value
             for name, by in slope_of.items():
                 slopes[name][some] += by
-            _backward(layers, values, slope, space.network.activation, by_layer, held[len(shapes) :], fresh=start == 0)
     return fit, slopes
 
 
@@ -144,12 +160,11 @@ def _tile_size(chains: int, n: int, width: int, like: Tensor) -> tuple[int, int]
 
 def _unpack(weights: Tensor, shapes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
     """Views: matrices (C, a, b) and biases (C, 1, b)."""
-    layers, at = [], 0
-    for a, b in shapes:
-        matrix = weights[:, at : at + a * b].unflatten(-1, (a, b))
-        layers.append((matrix, weights[:, at + a * b : at + (a + 1) * b].unsqueeze(-2)))
-        at += (a + 1) * b
-    return layers
+    sizes = [size for a, b in shapes for size in (a * b, b)]
+    pieces = weights[:, : sum(sizes)].split(sizes, -1)
+    return [
+        (pieces[2 * i].view(len(weights), a, b), pieces[2 * i + 1].unsqueeze(-2)) for i, (a, b) in enumerate(shapes)
+    ]
 
 
 def _forward(layers: list[tuple[Tensor, Tensor]], x: Tensor, activation: str, out: list[Tensor]) -> list[Tensor]:

@@ -121,8 +121,7 @@ class WeightSpace:
     def bind(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
         """`log_density` at fixed data, for samplers and optimisers: fused where possible, then once differentiable."""
         if isinstance(self.network, MLP) and _fused.supports(self.network.activation):
-            workspace = _fused.Workspace()
-            return lambda q: _fused.FusedLogDensity.apply(q, self, x, y, scale, workspace)
+            return _fused.FusedLogDensity(self, x, y, scale)
         return lambda q: self.log_density(q, x, y, scale)
 
     def _log_prior(self, q: Tensor, params: dict[str, Tensor], logs: Tensor) -> Tensor:

@@ -324,7 +324,7 @@ class AmortizedPosterior(Posterior):
             return shared.affine(loc, scale)
         loc, scale = loc.unsqueeze(-1), scale.unsqueeze(-1)
         centre, spread = shaped(law.loc).to(torch.float64) * scale + loc, shaped(law.scale).to(torch.float64) * scale
-        return GaussianMixture(centre.to(dtype), spread.to(dtype), shaped(law.weights).to(dtype), validate_args=False)
+        return GaussianMixture._of(centre.to(dtype), spread.to(dtype), shaped(law.weights).to(dtype))
 
     def _evaluate(self, context: Any, num: int, x: Tensor, residual: Any = None) -> Tensor:
         """Functions with contexts of num R rows at x: (num, *L, s[, k]), or log probabilities (num, *L, s, C)."""

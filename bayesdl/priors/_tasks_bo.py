@@ -8,6 +8,7 @@ Reference: Mueller, Feurer, Hollmann, Hutter (2023), "PFNs4BO: In-context learni
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,9 @@ class HEBOPlus:
         noise_variance ~ LogNormal(-4.63, 0.5)
         column k is ignored with probability 0.3; where all would be, one at random stays
 
+    With `by_dimension`, lengthscales are sqrt(m) times as long where m columns matter: distances in the box grow as
+    sqrt(m), and a function of six columns with lengthscales made for one is noise to whoever sees fifty values of it.
+
     Inputs come in standardised units, where the box is [-sqrt 3, sqrt 3]^d; with `inputs="unit"` as they are.
 
     Attributes:
@@ -50,6 +54,7 @@ class HEBOPlus:
         outputscale: Prior on the variance of f.
         noise_variance: Prior on the variance of the noise, or a number.
         inputs: As for `FixedGP`.
+        by_dimension: Whether lengthscales grow with the number of columns that matter (not in PFNs4BO).
 
     Latents: "lengthscale" (batch, d), in the units of x, "relevant" (batch, d), "outputscale", "noise_variance",
     "jitter" (batch), and "linear_variance" (batch), "warp" (batch, 2, d) where there are such.
@@ -62,6 +67,7 @@ class HEBOPlus:
     outputscale: HyperPrior = field(default_factory=lambda: Gamma(0.8453, 0.3994))
     noise_variance: HyperPrior | float = field(default_factory=lambda: LogNormal(-4.63, 0.5))
     inputs: Inputs = "uniform"
+    by_dimension: bool = False
 
     def __post_init__(self) -> None:
         _checks.at_least("HEBOPlus", "unused", self.unused, 0.0)
@@ -75,16 +81,21 @@ class HEBOPlus:
 
     def kernel_for(self, d: int) -> Kernel:
         """The kernel for d columns that all matter, with its priors in the units of x, as a `GP` would take it."""
-        lengthscale = stretched("HEBOPlus", self.lengthscale, box_width(self.inputs))
+        return self._kernel(math.sqrt(d) if self.by_dimension else 1.0)
+
+    def _kernel(self, factor: float) -> Kernel:
+        lengthscale = stretched("HEBOPlus", self.lengthscale, factor * box_width(self.inputs))
         return Scale(Matern(nu=1.5, lengthscale_prior=lengthscale), 1.0, self.outputscale)
 
     def sample(self, batch: int, n: int, d: int, generator: torch.Generator) -> Tasks:
         """`batch` tasks. Cost: O(batch n^3) time; memory of covariance matrices is bounded."""
         check_sizes("HEBOPlus", batch, n, d, generator)
         x = draw_inputs("HEBOPlus", self.inputs, batch, n, d, generator)
-        kernel = self.kernel_for(d)
+        kernel = self._kernel(1.0)
         params = draw_parameters(kernel.parameters(d), batch, generator)
         relevant = _relevant(self.unused, batch, d, generator)
+        if self.by_dimension:
+            params["base.lengthscale"] = params["base.lengthscale"] * relevant.sum(-1, keepdim=True).sqrt()
         latents = {
             "lengthscale": params["base.lengthscale"],
             "outputscale": params["outputscale"],

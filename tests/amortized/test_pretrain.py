@@ -145,6 +145,23 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         train(NormalMeans(), checkpoint=tmp_path / "a.pfn")
 
 
+def test_a_run_can_begin_with_the_weights_of_another(tmp_path: Path) -> None:
+    """After one step at a learning rate of next to nothing they are still there; the card says whose they are."""
+    first = train(NormalMeans(), BRIEF, card={"name": "first"})
+    still = replace(BRIEF, num_steps=1, learning_rate=1e-12)
+    second = train(NormalMeans(noise=0.9), still, start=first, checkpoint=tmp_path)
+    theirs = second.network.state_dict()
+    for name, weight in first.network.state_dict().items():
+        torch.testing.assert_close(theirs[name], weight, rtol=0.0, atol=1e-9)
+    assert second.card["started_from"] == {
+        "name": "first", "prior": first.card["prior"], "steps": BRIEF.num_steps
+    }  # fmt: skip
+    with pytest.raises(SettingError, match="started_from"):
+        train(NormalMeans(noise=0.9), still, checkpoint=tmp_path)
+    with pytest.raises(SettingError, match="start must have the architecture"):
+        train(NormalMeans(), still, replace(TINY, width=2 * TINY.width), start=first)
+
+
 @pytest.mark.parametrize("head", ["bars", "classes"])
 def test_other_heads_train_too(head: str) -> None:
     """The loss of the last steps is below that of the first, which is ln 3 for classes."""

@@ -22,6 +22,7 @@ from optuna.trial import TrialState, create_trial
 import bayesdl as bdl
 from bayesdl.errors import NumericalError, NumericalWarning, SettingError
 from bayesdl.interop import _optuna_acquisition as acquisitions
+from bayesdl.interop import _optuna_marginal as marginal
 from bayesdl.interop._optuna_record import HISTORY, LOST, RETRY_OF, SURPLUS, Record, ranks, read
 from bayesdl.interop._optuna_space import Encoding
 from bayesdl.interop.optuna import BayesdlSampler
@@ -359,3 +360,47 @@ def test_refits_every_so_often_and_conditions_between():
 def test_settings_that_make_no_sense_are_refused(settings, says):
     with pytest.raises(SettingError, match=says):
         BayesdlSampler(**{"engine": ENGINE, **settings})
+
+
+def test_a_network_proposes_by_its_marginals():
+    """Close to a quadrature of the improvement, draws no function, and is believed about pending points and limits."""
+    engine = bdl.PFN.from_pretrained("bo")
+    encoding = Encoding(SQUARE)
+    told = record(torch.tensor([[0.3], [1.1], [-0.4], [0.9], [0.2]]), p=2)
+    posterior = engine.fit(encoding.expand(told.z), told.y[:, 0])
+    assert marginal.applies(posterior, told, "auto", None)
+    assert not marginal.applies(posterior, told, "qLogNEI", None)
+    assert not marginal.applies(posterior, record(torch.ones(5, 2), p=2), "auto", None)
+    built = marginal.build(posterior, told, encoding)
+    z = torch.rand(6, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    law = posterior.predict(z.squeeze(-2), noise=False)
+    best = float(posterior.predict(told.z, noise=False).mean.max())
+    grid = best + torch.linspace(0.0, 12.0, 24001, dtype=torch.float64)
+    above = 1 - law.cdf(grid.unsqueeze(-1).expand(-1, 6))  # E[(f - best)+] is the integral of P(f > t) above best
+    torch.testing.assert_close(built(z), torch.trapezoid(above, grid, dim=0).log(), rtol=1e-4, atol=1e-4)
+    assert "_drawn" not in vars(built.model._law)
+    waiting = marginal.build(posterior, told._replace(pending=z[0]), encoding)
+    believed = posterior.condition_on(z[0], posterior.predict(z[0], noise=False).mean)
+    again = marginal.build(believed, told, encoding)
+    torch.testing.assert_close(waiting(z), again(z))
+
+
+def test_a_network_heeds_constraints():
+    """log P(c <= 0) is added; where nothing is feasible it is all that counts."""
+    encoding = Encoding(SQUARE)
+    y, limits = torch.tensor([[0.3], [1.1], [-0.4], [0.9], [0.2]]), torch.tensor([[-1.0], [0.5], [-0.2], [0.1], [0.3]])
+    told = record(y, constraints=limits, p=2)
+    posterior = bdl.PFN.from_pretrained("bo").fit(told.z, torch.cat([told.y, told.constraints], -1))
+    z = torch.rand(6, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    allowed = posterior.predict(z.squeeze(-2), noise=False).cdf(torch.zeros(6, 2, dtype=torch.float64))[:, 1].log()
+    alone = marginal.build(posterior, told._replace(constraints=limits.abs().double()), encoding)
+    torch.testing.assert_close(alone(z), allowed)
+    both = marginal.build(posterior, told, encoding)
+    free = marginal.MarginalImprovement(both.model.subset_output([0]), encoding, both._best)
+    torch.testing.assert_close(both(z), free(z) + allowed)
+
+
+def test_a_network_minimises_through_a_study():
+    study = optuna.create_study(sampler=BayesdlSampler(bdl.PFN.from_pretrained("bo"), **QUICK))
+    study.optimize(lambda trial: (trial.suggest_float("x", -1.0, 3.0) - 0.7) ** 2, n_trials=10)
+    assert study.best_value < 2e-2

@@ -159,7 +159,7 @@ def test_the_fused_log_density_is_the_plain_one(name, activation, hidden, batch,
     q = torch.randn(*batch, 4, space.dim, generator=generator(7), dtype=F64).requires_grad_()
     weight = torch.rand(*batch, 4, generator=generator(8), dtype=F64)
     plain = space.log_density(q, x, y, 3.7)
-    fused = _fused.FusedLogDensity.apply(q, space, x, y, 3.7)
+    fused = _fused.FusedLogDensity(space, x, y, 3.7)(q)
     assert fused.shape == (*batch, 4)
     torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-10)
     slopes = [torch.autograd.grad((weight * value).sum(), q)[0] for value in (fused, plain)]

@@ -291,7 +291,10 @@ def hebo_covariance(drawn, d: int) -> np.ndarray:
     return k + drawn.latents["noise_variance"].numpy()[:, None, None] * np.eye(u.shape[1])
 
 
-@pytest.mark.parametrize("settings", [{}, {"linear": True}, {"warp": (0.9, 0.7)}, {"linear": True, "warp": (0.5, 1.1)}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"linear": True}, {"warp": (0.9, 0.7)}, {"linear": True, "warp": (0.5, 1.1)}, {"by_dimension": True}],
+)
 def test_hebo_tasks_have_the_covariance_that_their_latents_say(settings) -> None:
     drawn = tasks.HEBOPlus(**settings, noise_variance=priors.LogNormal(-2.0, 0.5)).sample(400, 6, 4, source(2))
     assert_follows(whitened(drawn.y, hebo_covariance(drawn, 4)), stats.norm())
@@ -314,6 +317,14 @@ def test_hebo_has_its_published_constants() -> None:
     pairs = tasks.HEBOPlus().sample(6000, 1, 2, source()).latents["relevant"]
     assert bool(pairs.any(-1).all())
     assert abs(1 - float(pairs.double().mean()) - 0.255) < 5 * math.sqrt(0.19 / 12_000)
+
+
+def test_hebo_lengthscales_can_grow_with_the_columns_that_matter() -> None:
+    drawn = tasks.HEBOPlus(inputs="unit", by_dimension=True, unused=0.6).sample(1500, 2, 8, source(1))
+    used = drawn.latents["relevant"].double().sum(-1, keepdim=True)
+    assert_follows(drawn.latents["lengthscale"] / used.sqrt(), stats.gamma(1.2107, scale=1 / 1.5212))
+    kernel = tasks.HEBOPlus(inputs="unit", by_dimension=True).kernel_for(4)
+    assert kernel.base.lengthscale_prior == priors.Gamma(1.2107, 1.5212 / 2)
 
 
 def test_the_draws_do_not_depend_on_how_many_matrices_fit_into_memory(monkeypatch) -> None:
