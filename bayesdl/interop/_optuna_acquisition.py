@@ -67,9 +67,9 @@ class Search(NamedTuple):
         num_samples: Base samples of Monte Carlo acquisitions.
         num_restarts: Searches of the optimiser.
         num_candidates: Points among which the starts of the searches are chosen.
-        max_steps: Steps of each search at most.
         goal: What is sought, where that is not the value of an evaluation.
         spending: The expected cost, where improvement is sought per cost.
+        max_steps: Steps of each search at most.
     """
 
     acquisition: str | Builder
@@ -78,9 +78,9 @@ class Search(NamedTuple):
     num_samples: int
     num_restarts: int
     num_candidates: int
-    max_steps: int = 200
     goal: Goal | None = None
     spending: Spending | None = None
+    max_steps: int = 200
 
 
 class Encoded(Model):

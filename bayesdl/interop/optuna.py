@@ -193,7 +193,7 @@ class BayesdlSampler(BaseSampler):
         spending = self._spending(study, trials, known, encoding)
         search = acquisitions.Search(
             self._acquisition[0], self._acquisition[1], self._signed_reference(study), *self._acquisition[2:],
-            goal=sought, spending=spending,
+            sought, spending,
         )  # fmt: skip
         success = self._success(study, known, encoding)
         area = None if region is None else box(region, posterior, encoding)
