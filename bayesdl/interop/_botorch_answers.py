@@ -90,6 +90,20 @@ class GaussianPosterior(GPyTorchPosterior):
         return factor
 
     @functools.cached_property
+    def _point_by_point(self) -> tuple[Tensor, Tensor]:
+        """The factor with the outputs of a group beside one another at each point, and the order that leads there.
+
+        So the draws at the first points do not depend on the points after them, as acquisitions take for granted that
+        compare new points with old ones.
+        """
+        q, width = self._mean.shape[-2], self._covariance.shape[-1]
+        order = torch.arange(width, device=self.device).reshape(-1, q).mT.reshape(-1)
+        if width == q:
+            return self.factor, order
+        covariance = self._covariance.index_select(-1, order).index_select(-2, order)
+        return GaussianPosterior(self._mean, covariance).factor, order
+
+    @functools.cached_property
     def distribution(self) -> MultivariateNormal:
         """The multivariate normal; of several outputs, not interleaved."""
         operator = CholLinearOperator(TriangularLinearOperator(self.factor))
@@ -134,13 +148,15 @@ class GaussianPosterior(GPyTorchPosterior):
         return torch.Size((*sample_shape, *self._mean.shape))
 
     def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
-        """mean + L z, (*sample_shape, *b, q, m), output by output as gpytorch has it."""
+        """mean + L z, (*sample_shape, *b, q, m), where L goes point by point."""
         if base_samples.shape[: len(sample_shape)] != sample_shape:
             got = f"{tuple(sample_shape)} and {tuple(base_samples.shape)}"
             fix = "draw the base samples with the sampler"
             fail(ShapeError, "to_botorch", "sample_shape and base_samples must agree.", got=got, fix=fix)
         z = base_samples if self._is_mt else base_samples.unsqueeze(-1)
-        grown = (self.factor @ grouped(z, self._covariance.shape[-3]).unsqueeze(-1)).squeeze(-1)
+        factor, order = self._point_by_point
+        numbers = grouped(z, self._covariance.shape[-3]).index_select(-1, order)
+        grown = (factor @ numbers.unsqueeze(-1)).squeeze(-1).index_select(-1, order.argsort())
         return self._mean + ungrouped(grown, self._mean.shape[-1])
 
 

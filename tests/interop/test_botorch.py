@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gpytorch
 import numpy as np
 import pytest
@@ -278,6 +280,25 @@ def linear_members(num, *, num_features=20, seed=0):
     return features, weights
 
 
+def test_the_first_points_are_drawn_alike_whatever_comes_after():
+    """Of a Gaussian view whose outputs are correlated: what acquisitions need that compare new points with old ones."""
+    x = torch.rand(6, 2, generator=torch.Generator().manual_seed(2), dtype=F64)
+    y = torch.stack([x[:, 0] - x[:, 1], x.sum(-1)], -1)
+    model = draws_posterior(x, y).to_botorch("gaussian")
+    z = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
+    first, second = (model.posterior(torch.cat([x[:4], at])) for at in (x[4:5], x[5:]))
+    assert first._covariance.shape[-3:] == (1, 10, 10)
+    draws, others = (p.rsample_from_base_samples(torch.Size((4,)), z).detach() for p in (first, second))
+    torch.testing.assert_close(draws[:, :4], others[:, :4])
+    assert not torch.allclose(draws[:, 4:], others[:, 4:])
+    many = torch.randn(20000, 5, 2, generator=torch.Generator().manual_seed(5), dtype=F64)
+    drawn = first.rsample_from_base_samples(torch.Size((20000,)), many).detach()
+    found = torch.cov(drawn.mT.flatten(-2).mT)  # output by output, as the covariance is; within 5 standard errors
+    want = first._covariance[0].detach()
+    scale = want.diagonal().sqrt()
+    assert float(((found - want) / torch.outer(scale, scale)).abs().max()) < 5 * math.sqrt(2 / 20000)
+
+
 @pytest.mark.parametrize(("num", "error", "spread"), [(64, 0.19, 0.05), (256, 0.08, 0.03), (1024, 0.04, 0.02)])
 def test_kalman_conditioning_reaches_the_exact_posterior_where_reweighting_collapses(num, error, spread):
     """Twenty features, five observations of variance 0.01: error of the mean over the prior sd, and ratio of sds.
@@ -297,7 +318,7 @@ def test_kalman_conditioning_reaches_the_exact_posterior_where_reweighting_colla
         truth = torch.randn(20, generator=torch.Generator().manual_seed(seed + 500), dtype=F64)
         y = features(seen) @ truth + 0.1 * torch.randn(5, generator=torch.Generator().manual_seed(seed), dtype=F64)
         law = Members(toy, 1, 0)
-        law.functions, law.num_members = (lambda at, f=features, w=weights: w @ f(at).mT), num
+        law._drawn = (lambda at, f=features, w=weights: w @ f(at).mT), num
         model = MemberModel(toy, law, law, seed)
         told = model.condition_on_observations(seen, y.unsqueeze(-1), torch.full((5, 1), 0.01)).posterior(x)
         a, b = features(seen), features(x)
