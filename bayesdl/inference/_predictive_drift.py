@@ -55,6 +55,9 @@ class Watch:
         probes: (*b, P, d).
         num: L.
         horizon: N.
+
+    Attributes:
+        start: Probabilities of the events before the first step.
     """
 
     def __init__(self, base: Any, probes: Tensor, num: int, horizon: int) -> None:
@@ -62,10 +65,10 @@ class Watch:
         start = base.predict(probes)
         self._labels = isinstance(start, (Bernoulli, Categorical))
         if self._labels:
-            self._start = mean_of(start).unsqueeze(0)
+            self.start = mean_of(start).unsqueeze(0)
         else:
             self._cuts = torch.stack([start.quantile(level) for level in _LEVELS])  # (3, *b, P[, k])
-            self._start = start.cdf(self._cuts)
+            self.start = start.cdf(self._cuts)
         self._found: dict[int, Tensor] = {}
 
     def look(self, t: int, rule: Any) -> None:
@@ -75,13 +78,24 @@ class Watch:
             self._note(t, rule.predict(self.probes.unsqueeze(0)))
             self._steps = tuple(step for step in self._steps if step > t)
 
+    @property
+    def noted(self) -> dict[str, Tensor]:
+        """What was found so far, by the number of points, for a checkpoint."""
+        return {str(t): departure for t, departure in self._found.items()}
+
+    def recall(self, noted: dict[str, Tensor]) -> None:
+        """Go on from what an interrupted run had found."""
+        self._found = {int(t): departure for t, departure in noted.items()}
+        last = max(self._found, default=0)
+        self._steps = tuple(step for step in self._steps if step > last)
+
     def look_along(self, along: Along) -> None:
         """The same for all steps of a Gaussian process at once."""
         for t in self._steps:
             mean, deviation = along.mean[..., t - 1, :, :], along.deviation[..., t - 1, :, :]
             cuts = self._cuts if self._cuts.ndim == mean.ndim else self._cuts.unsqueeze(-1)
             z = (cuts.unsqueeze(1) - mean) / deviation
-            self._found[t] = (torch.special.ndtr(z) - self._start.reshape(cuts.shape).unsqueeze(1)).detach()
+            self._found[t] = (torch.special.ndtr(z) - self.start.reshape(cuts.shape).unsqueeze(1)).detach()
 
     def _note(self, t: int, predictive: Distribution) -> None:
         if self._labels:
@@ -89,7 +103,7 @@ class Watch:
         else:
             shape = (len(_LEVELS), *predictive.batch_shape)
             said = predictive.cdf(self._cuts.unsqueeze(1).expand(shape))
-        self._found[t] = (said - self._start.unsqueeze(1)).detach()
+        self._found[t] = (said - self.start.unsqueeze(1)).detach()
 
     def report(self) -> dict[str, Any]:
         """Steps, the largest mean departure and |z| at each, the threshold, and whether some |z| is above it."""

@@ -50,6 +50,9 @@ class Rule(Protocol):
     def append(self, x: Tensor, y: Tensor) -> Rule:
         """The rule that has also seen x (L, *b, r, d) and y (L, *b, r, k)."""
 
+    def again(self, x: Tensor, y: Tensor) -> Rule:
+        """The rule after x (L, *b, t, d) and y (L, *b, t, k) were drawn block by block: the same as it was then."""
+
     def completed(self) -> CompletedPosterior:
         """What the rule says at the end."""
 
@@ -71,7 +74,7 @@ def resample(
     wide = x.expand(u.shape[0], *x.shape[1:])
     if drawn is not None and drawn.shape[-2] > 0:
         parts.append(drawn)
-        rule = rule.append(wide[..., : drawn.shape[-2], :], drawn)
+        rule = rule.again(wide[..., : drawn.shape[-2], :], drawn)
     t = sum(part.shape[-2] for part in parts)
     while t < horizon:
         end = min(t + rule.block, horizon)
@@ -109,6 +112,13 @@ class Updated:
     def append(self, x: Tensor, y: Tensor) -> Updated:
         """See `Rule`."""
         return Updated(self._posterior.condition_on(x, y if self._data.has_outputs else y.squeeze(-1)), self._data)
+
+    def again(self, x: Tensor, y: Tensor) -> Updated:
+        """See `Rule`; point by point, since an update by many at once rounds otherwise."""
+        rule = self
+        for t in range(x.shape[-2]):
+            rule = rule.append(x[..., t : t + 1, :], y[..., t : t + 1, :])
+        return rule
 
     def completed(self) -> CompletedPosterior:
         """See `Rule`."""
@@ -153,6 +163,14 @@ class Refitted:
             seen = Drawn(torch.cat([self._seen.x, x], -2), torch.cat([self._seen.y, y], -2))
         posterior = fit_copies(self._engine, self._data, self._num, self._seed, seen)
         return Refitted(self._engine, posterior, self._data, seen, self._num, self.block, self._seed + 1)
+
+    def again(self, x: Tensor, y: Tensor) -> Refitted:
+        """See `Rule`; one fit, the last one, with its seed."""
+        before = -(-x.shape[-2] // self.block) - 1
+        late = Refitted(
+            self._engine, self._posterior, self._data, self._seen, self._num, self.block, self._seed + before
+        )
+        return late.append(x, y)
 
     def completed(self) -> CompletedPosterior:
         """See `Rule`."""

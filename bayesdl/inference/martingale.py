@@ -28,10 +28,12 @@ from bayesdl._random import Seed, child_seeds
 from bayesdl.data import TrainingData, training_data, units_of
 from bayesdl.errors import ConvergenceWarning, NumericalError, SettingError, fail
 from bayesdl.inference._matrix_free import default_memory
+from bayesdl.inference._predictive_checkpoint import Kept
 from bayesdl.inference._predictive_drift import Watch, probes_of
 from bayesdl.inference._predictive_resampling import Refitted, Rule, Updated, can_update, covariate_plan, resample
 from bayesdl.posterior import GPPosterior, MartingalePosterior
 from bayesdl.posterior._completed import Completed, CompletedGP
+from bayesdl.samplers._checkpoint import fingerprint
 
 Law = Callable[[int, torch.Generator], Tensor]
 
@@ -61,6 +63,9 @@ class Martingale:
         refit_every: Points between two fits, for an engine that cannot update. 1 draws each point from the predictive;
             more draw the points of a block together, f jointly from `posterior.sample` and then y given f.
         progress: Show a bar that counts steps.
+        checkpoint: A folder in which a long run keeps what it has drawn, to go on from there with the same draws when
+            it was killed; None for none. The engine's own fit to the data comes first each time (it may have a
+            checkpoint itself). An exact GP draws everything in one step and writes nothing.
     """
 
     engine: Any
@@ -69,6 +74,7 @@ class Martingale:
     covariates: str | Law | Any = "urn"
     refit_every: int = 10
     progress: bool = False
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_rollouts", "horizon", "refit_every"):
@@ -100,6 +106,7 @@ class Martingale:
                 be updated nor fitted to a batch of data sets, or the rollouts take
                 more memory than there is.
             NumericalError: A Gaussian process could not be extended along a rollout.
+            StorageError: `checkpoint` is damaged, or something else; SettingError where it is of another run.
 
         Warns:
             ConvergenceWarning: The rule is no martingale: what it says at fixed inputs drifts along the rollouts
@@ -193,13 +200,28 @@ class Martingale:
             method, rule = "update", Updated.start(self.engine, base, data, num, seed)
         else:
             method, rule = "refit", Refitted(self.engine, base, data, None, num, self.refit_every, seed)
+        kept = None if self.checkpoint is None else self._kept(data, watch, plan, u, seed)
+        before = None if kept is None else kept.drawn
         with tqdm(total=u.shape[-2], desc="Martingale", disable=not self.progress) as bar:
+            bar.update(0 if before is None else before.shape[-2])
 
             def keep(parts: list[Tensor]) -> None:
                 bar.update(parts[-1].shape[-2])
+                if kept is not None:
+                    kept.keep(parts)
 
-            rule, drawn = resample(rule, plan, u, drawn=None, after=watch.look, keep=keep)
+            rule, drawn = resample(rule, plan, u, drawn=before, after=watch.look, keep=keep)
+        if kept is not None:
+            kept.keep([drawn], finished=True)
         return method, rule.completed(), drawn
+
+    def _kept(self, data: TrainingData, watch: Watch, plan: Tensor, u: Tensor, seed: int) -> Kept:
+        """The run's folder, and what an earlier call has drawn."""
+        settings = {
+            "engine": fingerprint(self.engine), "refit_every": self.refit_every, "refit_seed": seed,
+            "data": fingerprint((data.x, data.y)), "inputs": fingerprint(plan), "numbers": fingerprint(u),
+        }  # fmt: skip
+        return Kept(self.checkpoint or "", settings, watch, plan.device)
 
     def _verdict(self, diagnostics: dict[str, Any]) -> None:
         drift = diagnostics["drift"]

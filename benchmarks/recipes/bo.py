@@ -25,7 +25,7 @@ from bayesdl.priors.tasks import HEBOPlus
 
 prior = HEBOPlus(inputs="mixed", by_dimension=True)
 architecture = Architecture(max_inputs=8, head="mixture", outputs=10, width=128, num_layers=4, num_conditions=1)
-schedule = Schedule(num_steps=60_000, batch=16, n_max=60, num_queries=32, decay="linear")
+schedule = Schedule(num_steps=60_000, batch=16, n_max=60, num_queries=32, context="uniform", decay="linear")
 card = {"name": "bo", "licence": "Apache-2.0"}
 
 

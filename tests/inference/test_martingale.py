@@ -569,3 +569,74 @@ def test_rollouts_stay_within_what_a_network_was_trained_to_read():
     many = torch.tensor(rng.normal(size=(most, 3)))
     with pytest.raises(SettingError, match="a subset of the data"):
         bdl.Martingale(pfn, num_rollouts=3).fit(many[:, :2], many[:, 2])
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """An engine that updates, and that stops the program when it has been asked to update so often."""
+
+    inner: Any
+    after: int
+
+    @property
+    def model(self) -> Any:
+        """The engine's."""
+        return self.inner.model
+
+    def fit(self, x, y, *, seed=0):
+        """Refitting engines stop here, once the data have grown by `after`."""
+        if x.ndim > 2 and x.shape[-2] >= self.after:
+            raise KeyboardInterrupt
+        return self.inner.fit(x, y, seed=seed)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+
+@pytest.mark.parametrize("kind", ["refit", "update"])
+def test_a_run_that_was_stopped_goes_on_with_the_same_draws(kind, tmp_path, monkeypatch):
+    """Also the verdict on drift; another seed, or other data, are refused; a run that is over draws nothing."""
+    from bayesdl.inference import _predictive_checkpoint as keeping
+
+    monkeypatch.setattr(keeping.Checkpoint, "due", lambda self: True)
+    x, y = toy(8, seed=3)
+    if kind == "refit":
+        inner: Any = bdl.Ensemble(bdl.BNN(hidden=(4,)), num_members=3, num_steps=20)
+    else:
+        inner = bdl.PFN(toy_network("mixture"), update="append")
+    settings = {"num_rollouts": 6, "horizon": 9, "refit_every": 2, "covariates": uniform_law}
+    whole = bdl.Martingale(inner, **settings).fit(x, y, seed=5)
+    folder = str(tmp_path / "run")
+    if kind == "refit":
+        with pytest.raises(KeyboardInterrupt):
+            bdl.Martingale(Interrupted(inner, 8 + 5), **settings, checkpoint=folder).fit(x, y, seed=5)
+    else:
+        calls = []
+
+        def draw(self, at, u, old=resampling.Updated.draw):
+            calls.append(0)
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+            return old(self, at, u)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(resampling.Updated, "draw", draw)
+            with pytest.raises(KeyboardInterrupt):
+                bdl.Martingale(inner, **settings, checkpoint=folder).fit(x, y, seed=5)
+    drawn: list[int] = []
+    rule = resampling.Refitted if kind == "refit" else resampling.Updated
+    before = rule.draw
+    monkeypatch.setattr(rule, "draw", lambda self, at, u: drawn.append(at.shape[-2]) or before(self, at, u))
+    resumed = bdl.Martingale(inner, **settings, checkpoint=folder).fit(x, y, seed=5)
+    assert sum(drawn) == {"refit": 5, "update": 4}[kind]
+    assert torch.equal(resumed._drawn_y, whole._drawn_y)
+    assert resumed.diagnostics["drift"] == whole.diagnostics["drift"]
+    at = torch.linspace(0, 1, 5, dtype=torch.float64).unsqueeze(-1)
+    assert torch.equal(resumed.predict(at).mean, whole.predict(at).mean)
+    again = bdl.Martingale(inner, **settings, checkpoint=folder).fit(x, y, seed=5)
+    assert sum(drawn) == {"refit": 5, "update": 4}[kind]
+    assert torch.equal(again._drawn_y, whole._drawn_y)
+    with pytest.raises(SettingError, match="numbers"):
+        bdl.Martingale(inner, **settings, checkpoint=folder).fit(x, y, seed=6)
+    with pytest.raises(SettingError, match="data="):
+        bdl.Martingale(inner, **settings, checkpoint=folder).fit(x, y + x[:, 0], seed=5)
