@@ -173,8 +173,8 @@ def test_joint_draws_go_together_as_exact_ones_do(recipe: Any) -> None:
 def test_a_step_of_bayesian_optimisation_goes_where_it_pays(recipe: Any) -> None:
     """Expected improvement, exact under the prior, at the point where the network expects most, of 60 candidates.
 
-    Relative to the best of the candidates it was 0.66 on average over ten tasks of 12 values at release, and 0.22 at a
-    random one; the correlation of the two log improvements had a median of 0.89.
+    Relative to the best of the candidates it was 0.77 on average over ten tasks of 12 values at release, and 0.22 at a
+    random one; the correlation of the two log improvements had a median of 0.91.
     """
     made, n = recipe("bo"), 12
     tasks = made.prior.sample(10, n + 60, 2, torch.Generator().manual_seed(9))
@@ -186,9 +186,9 @@ def test_a_step_of_bayesian_optimisation_goes_where_it_pays(recipe: Any) -> None
     ours = log_expected_improvement(posterior.predict(xs), best)
     exact = log_expected_improvement(made.draws(x, y, xs, num_draws=60).predictive(), best)
     relative = (exact - exact.amax(-1, keepdim=True)).exp()
-    assert float(relative.gather(-1, ours.argmax(-1, keepdim=True)).mean()) > 0.45
+    assert float(relative.gather(-1, ours.argmax(-1, keepdim=True)).mean()) > 0.55
     together = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(exact, ours, strict=True)]
-    assert sorted(together)[5] > 0.75
+    assert sorted(together)[5] > 0.8
 
 
 @has("bo")
