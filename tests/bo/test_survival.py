@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import bayesdl as bdl
-from bayesdl.bo import Study
+from bayesdl.bo import KnownCost, Study
 from bayesdl.errors import StorageError
 from bayesdl.interop import _optuna_acquisition  # noqa: F401 (BoTorch draws from numpy's global state on import)
 from bayesdl.interop import _optuna_surrogate as surrogates
@@ -255,6 +255,24 @@ def test_eight_processes_share_one_file(tmp_path):
     done = complete(Study(SPACE, storage=storage, **SOBOL))
     assert [place for place, _ in done] == list(range(24))
     assert len(log.read_text().splitlines()) == 24
+
+
+def _spend(storage):
+    study = Study(SPACE, storage=storage, cost=KnownCost(1.0, {"x": 2.0}, budget=20.0), **SOBOL)
+    study.optimize(lambda point: time.sleep(0.02) or objective(point), 100)
+
+
+def test_several_processes_share_a_budget(tmp_path):
+    """What each of four has in hand when the budget goes is still finished: at most four evaluations of 3 above it."""
+    storage = f"sqlite:///{tmp_path}/study.db"
+    study = Study(SPACE, storage=storage, cost=KnownCost(1.0, {"x": 2.0}, budget=20.0), **SOBOL)
+    processes = [start(_spend, storage) for _ in range(4)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert {t.state for t in study.trials} == {"complete"}
+    assert study.spent == pytest.approx(sum(1 + 2 * t.params["x"] for t in study.trials))
+    assert 20.0 <= study.spent < 20.0 + 4 * 3.0
 
 
 @pytest.mark.parametrize("harm", ["garbage", "truncated", "flipped", "swapped", "a folder", "gone"])
