@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from bayesdl import _storage
-from bayesdl.samplers import _checkpoint, chees, cyclical, hmc, mams, mclmc, meads, nuts, sghmc, sgld
+from bayesdl.samplers import _checkpoint, chees, cyclical, hmc, mams, mclmc, meads, nuts, sghmc, sgld, smc
 from bayesdl.samplers._checkpoint import unpack
+from bayesdl.samplers._reference import GaussianReference
 
 MINIBATCH: dict[str, Any] = {"num_data": 40, "batch_size": 9, "step_size": 0.02}
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -33,6 +34,8 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgld": (sgld, MINIBATCH),
     "cyclical": (cyclical, {**MINIBATCH, "num_cycles": 4}),
 }
+# Many small stages; their number follows from the run.
+SMC: dict[str, Any] = {"num_particles": 16, "num_islands": 3, "ess_target": 0.95, "max_correlation": 0.02, "max_steps": 8}
 
 
 def numbers(*shape, seed=0):
@@ -47,7 +50,10 @@ def banana(q, rows=None):
 
 
 def run_of(name, length, **more):
-    """A run of a few chains: `length` transitions of warm-up and as many of sampling."""
+    """A run of a few chains: `length` transitions of warm-up and as many of sampling, or all of SMC's."""
+    if name == "smc":
+        origin = torch.zeros(3, dtype=torch.float64)
+        return smc.run(banana, GaussianReference(origin, 10.0 + origin), seed=7, **SMC, **more).run
     module, settings = RUNS[name]
     if name == "cyclical":
         draws = {"cycle_length": length // 4, "draws_per_cycle": length // 20}
@@ -78,12 +84,24 @@ def transitions_in(folder: Path) -> int:
     if not state.exists():
         return 0
     record, tensors = _storage.read(state)
-    place = unpack(record["spec"], tensors, "cpu")["place"]
+    tree = unpack(record["spec"], tensors, "cpu")
+    if not isinstance(tree, dict):
+        return len(tree.trace.began)
+    place = tree["place"]
     return place.num_steps if hasattr(place, "num_steps") else place.num_warm + place.num_moves
+
+
+def all_transitions(name: str, length: int, tmp_path: Path) -> int:
+    """How many transitions a run has that nobody kills."""
+    if name == "smc":
+        run_of(name, length, checkpoint=tmp_path / "unbroken")
+        return transitions_in(tmp_path / "unbroken")
+    return 2 * length
 
 
 def kill_and_resume(name: str, length: int, kills: int, tmp_path: Path, seed: int) -> Any:
     """Kill a run so many times, at random moments after the first transition of a life; returns what came out."""
+    total = all_transitions(name, length, tmp_path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bayesdl.samplers.nuts", "safetensors.torch", "tests.samplers.test_resume"])
     chance = random.Random(seed)
@@ -96,7 +114,7 @@ def kill_and_resume(name: str, length: int, kills: int, tmp_path: Path, seed: in
             while process.is_alive() and not (marks.exists() and marks.stat().st_size):
                 time.sleep(0.001)
             # so that on average the kills spread over the run
-            stop = chance.uniform(0, 2 * (2 * length - held) / (kills + 1 - life))
+            stop = chance.uniform(0, 2 * (total - held) / (kills + 1 - life))
             while process.is_alive() and marks.stat().st_size < stop:
                 time.sleep(0.0005)
             process.kill()
@@ -106,7 +124,7 @@ def kill_and_resume(name: str, length: int, kills: int, tmp_path: Path, seed: in
         now = transitions_in(folder)
         assert held <= now <= held + made
         held, done = (now, done) if life < kills else (held, held + made)
-    assert done == 2 * length
+    assert done == total
     return run_of(name, length, checkpoint=folder)
 
 
@@ -128,6 +146,6 @@ def test_a_run_killed_three_times_gives_the_same_draws_and_repeats_nothing(name,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", [*RUNS, "smc"])
 def test_a_run_killed_twenty_times_gives_the_same_draws_and_repeats_nothing(name, tmp_path):
     check_same(kill_and_resume(name, 200, 20, tmp_path, seed=2), run_of(name, 200))
