@@ -88,8 +88,9 @@ def _as_array(where: str, name: str, value: Any) -> np.ndarray:
 def finite(where: str, name: str, value: Tensor) -> None:
     """Raise DataError where `value` holds a NaN or an infinity, naming the first place."""
     value = value.detach()
-    bad = ~torch.isfinite(value)
-    if bool(bad.any()):
+    fine = torch.isfinite(value)
+    if not bool(fine.all()):
+        bad = ~fine
         place = tuple(int(i) for i in torch.nonzero(bad)[0])
         first = f"{float(value[place])} at {name}{list(place)}"
         got = f"{int(bad.sum())} of {value.numel()} entries are not; the first is {first}"

@@ -117,10 +117,8 @@ def new_inputs(where: str, x: Any, like: Tensor) -> Tensor:
         x = x.to(like.dtype)
     _checks.inputs(where, "x", x, d=like.shape[-1])
     _checks.alike(where, "x", x, "the training x", like)
-    batch = like.shape[:-2]
-    try:
-        torch.broadcast_shapes(x.shape[:-2], batch)
-    except RuntimeError:
+    batch, lead = like.shape[:-2], x.shape[:-2]
+    if any(a != b and 1 not in (a, b) for a, b in zip(reversed(lead), reversed(batch), strict=False)):
         wanted = f"the batch axes of x must broadcast with {tuple(batch)}, those of the training data."
         fail(
             ShapeError,

@@ -275,14 +275,16 @@ class _Block(nn.Module):
 
     def project(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens (B n width), each (B heads n width/heads)."""
-        parts = self.qkv(self.norm_read(state)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        rows, num, width = state.shape
+        each = self.qkv(self.norm_read(state)).view(rows, num, 3, self.num_heads, width // self.num_heads)
+        parts = each.permute(2, 0, 3, 1, 4)
         return parts[0], parts[1], parts[2]
 
     def project_query(self, state: Tensor) -> Tensor:
         """The first of the three, by the same weights."""
-        width = state.shape[-1]
+        rows, num, width = state.shape
         parts = functional.linear(self.norm_read(state), self.qkv.weight[:width], self.qkv.bias[:width])
-        return parts.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return parts.view(rows, num, self.num_heads, width // self.num_heads).transpose(1, 2)
 
     def update(self, state: Tensor, read: Tensor) -> Tensor:
         """The tokens after attention read (B heads n width/heads), and after the feed-forward layer."""

@@ -64,6 +64,11 @@ class FusedLogDensity:
         """The value (*g, C) and its gradient (*g, C, D), without a graph."""
         return _value_and_grad(q, *self._settings)
 
+    def traceable(self, q: Tensor) -> Tensor:
+        """The value by ordinary operations, for torch.compile: writing in place is what it cannot follow."""
+        space, x, y, scale, _ = self._settings
+        return space.log_density(q, x, y, scale)
+
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod

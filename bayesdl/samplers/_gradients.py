@@ -162,7 +162,13 @@ def _traced(make: Callable[..., Evaluate], log_density: Callable[..., Tensor]) -
 
 
 def _traceable(log_density: Callable[..., Tensor]) -> Evaluate:
-    """Value and gradient by functional transformations alone, as a graph wants them."""
+    """Value and gradient by functional transformations alone, as a graph wants them.
+
+    A log density whose own gradient writes in place, which no graph can hold, has another form of itself, `traceable`.
+    """
+    other = getattr(log_density, "traceable", None)
+    if other is not None:
+        log_density = other
     known = getattr(log_density, "value_and_grad", None)
 
     def total(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:

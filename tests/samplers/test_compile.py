@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import bayesdl as bdl
 from bayesdl.errors import ShapeError
 from bayesdl.samplers import _microcanonical, chees, hamiltonian, nuts, sghmc
 from bayesdl.samplers._gradients import ValueAndGradient
@@ -100,6 +101,22 @@ def test_microcanonical_paths_are_one_graph_too(scheme):
         wanted, change = _microcanonical.integrate(eager, *rest)
         for got, right in zip((*found, kinetic), (*wanted, change), strict=True):
             torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-10)
+    assert not compiled._loops._failed
+
+
+def test_a_network_s_trajectories_are_one_graph():
+    """Its own gradient writes in place; a graph has the ordinary operations, and the same numbers."""
+    space = bdl.BNN(hidden=(7,)).weight_space(2, 1)
+    density = space.bind(numbers(9, 2, seed=2), numbers(9, 1, seed=3))
+    eager, compiled = value_and_grad(density), value_and_grad(density, compile=True)
+    q = 0.5 * numbers(4, space.dim)
+    agree(compiled, eager, q)
+    rest = (q, numbers(4, space.dim, seed=1), eager(q)[1], torch.tensor([0.02], dtype=torch.float64))
+    metric = hamiltonian.diagonal_metric(torch.ones(space.dim, dtype=torch.float64))
+    found = hamiltonian.leapfrog(compiled, *rest, metric, 6)
+    for got, wanted in zip(found, hamiltonian.leapfrog(eager, *rest, metric, 6), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    assert compiled._loops._graphs
     assert not compiled._loops._failed
 
 

@@ -35,7 +35,13 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "cyclical": (cyclical, {**MINIBATCH, "num_cycles": 4}),
 }
 # Many small stages; their number follows from the run.
-SMC: dict[str, Any] = {"num_particles": 16, "num_islands": 3, "ess_target": 0.95, "max_correlation": 0.02, "max_steps": 8}
+SMC: dict[str, Any] = {
+    "num_particles": 16,
+    "num_islands": 3,
+    "ess_target": 0.95,
+    "max_correlation": 0.02,
+    "max_steps": 8,
+}
 
 
 def numbers(*shape, seed=0):
