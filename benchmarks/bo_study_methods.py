@@ -277,7 +277,7 @@ def _hmc() -> Any:
 
 
 def _sghmc() -> Any:
-    return bdl.SGHMC(_bnn(), num_chains=16, num_warmup=400, num_draws=8)
+    return bdl.SGHMC(_bnn(), num_chains=16, num_warmup=200, num_draws=4)
 
 
 def _ensemble() -> Any:
