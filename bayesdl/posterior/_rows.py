@@ -41,6 +41,8 @@ class Rows(NamedTuple):
 
     def apart(self, x: Tensor) -> Tensor:
         """x (..., s, d) as (B k, E s, d): every point by itself."""
+        if self._plain:
+            return x.unsqueeze(0)
         x = self._sets(x)
         return x.reshape(x.shape[0], -1, x.shape[-1]).repeat_interleave(self.num_outputs, 0)
 
@@ -56,6 +58,8 @@ class Rows(NamedTuple):
 
     def marginal(self, value: Tensor) -> Tensor:
         """(B k, E s, ...) as (*L, s, k, ...)."""
+        if self._plain:
+            return value.transpose(0, 1)
         questions = math.prod(self.lead) // max(1, self.num_sets)
         value = value.unflatten(1, (questions, -1)).unflatten(0, (-1, self.num_outputs))  # (B, k, E, s, ...)
         return self._back(value.movedim(1, 3))
@@ -65,6 +69,11 @@ class Rows(NamedTuple):
         questions = math.prod(self.lead) // max(1, self.num_sets)
         value = value.unflatten(0, (-1, self.num_outputs, questions))
         return self._back(value.movedim(1, 3))
+
+    @property
+    def _plain(self) -> bool:
+        """One data set, one question, one output: single queries are asked often, and the general way is dear."""
+        return not self.lead and self.num_sets == 1 and self.num_outputs == 1
 
     def _sets(self, x: Tensor) -> Tensor:
         """(..., s, d) as (B, E, s, d)."""
