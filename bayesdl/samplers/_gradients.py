@@ -166,9 +166,7 @@ def _traceable(log_density: Callable[..., Tensor]) -> Evaluate:
 
     A log density whose own gradient writes in place, which no graph can hold, has another form of itself, `traceable`.
     """
-    other = getattr(log_density, "traceable", None)
-    if other is not None:
-        log_density = other
+    log_density = getattr(log_density, "traceable", log_density)
     known = getattr(log_density, "value_and_grad", None)
 
     def total(q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
