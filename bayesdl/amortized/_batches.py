@@ -19,9 +19,13 @@ from bayesdl.amortized.network import Architecture
 from bayesdl.amortized.schedule import Schedule
 from bayesdl.errors import SettingError, ShapeError, fail
 
+_STRATA = 8  # targets of a query, for targets="expected"
+
 
 class Batch(NamedTuple):
-    """One batch: context x (B n d), y (B n), the last `num_appended` of them appended; queries xs, targets (B q)."""
+    """One batch: context x (B n d), y (B n), the last `num_appended` of them appended; queries xs, targets (B q).
+
+    Targets are (B q t) where each query has several, which count alike."""
 
     x: Tensor
     y: Tensor
@@ -54,7 +58,7 @@ def draw(
     if schedule.rows is not None and rows - n > schedule.num_queries:
         asked = n + torch.randperm(rows - n, generator=source, device=device)[: schedule.num_queries]
     y, targets, conditions = tasks.y[:, :n], tasks.y[:, asked], None
-    regression = architecture.head != "classes"
+    regression, pure = architecture.head != "classes", None
     if architecture.num_conditions:
         conditions = _conditions(architecture, tasks.latents, y)
         if regression:
@@ -67,7 +71,20 @@ def draw(
     noiseless = bool(noiseless and num_appended and regression)
     if noiseless:
         y = torch.cat([y[:, : n - num_appended], tasks.noiseless[:, n - num_appended : n]], 1)
+    if schedule.targets == "expected":
+        told = (tasks.latents, tasks.x[:, :n], y, tasks.x[:, asked], num_appended if noiseless else 0)
+        mean, variance, noise = prior.conditional(*told)
+        noise = noise if pure is None else noise.masked_fill(pure, 0.0)
+        variance = variance + noise.unsqueeze(-1)
+        targets = _stratified(mean, variance.sqrt(), source)
     return Batch(tasks.x[:, :n], y, tasks.x[:, asked], targets, conditions, num_appended, noiseless)
+
+
+def _stratified(mean: Tensor, scale: Tensor, source: torch.Generator) -> Tensor:
+    """One normal draw (*b, t) from each of t slices of equal probability."""
+    u = torch.rand(*mean.shape, _STRATA, generator=source, dtype=torch.float64, device=mean.device)
+    level = (torch.arange(_STRATA, device=mean.device) + u) / _STRATA
+    return (mean.unsqueeze(-1) + scale.unsqueeze(-1) * torch.special.ndtri(level.clamp(1e-9, 1 - 1e-9))).float()
 
 
 def probe(prior: Any, architecture: Architecture, schedule: Schedule, seed: int, num_values: int) -> tuple[Any, ...]:

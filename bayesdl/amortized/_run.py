@@ -60,6 +60,8 @@ def new(network: Network, schedule: Schedule) -> Run:
 def settings_of(schedule: Schedule, **others: Any) -> dict[str, Any]:
     """What makes this run what it is, as JSON."""
     fields = dataclasses.asdict(schedule)
+    if fields["targets"] == "drawn":  # runs from before there was a choice say nothing
+        del fields["targets"]
     return {key: list(v) if isinstance(v, tuple) else v for key, v in {**fields, **others}.items() if key not in _FREE}
 
 

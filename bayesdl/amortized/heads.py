@@ -45,7 +45,7 @@ def predictive(architecture: Architecture, raw: Tensor, borders: Tensor | None) 
 
 
 def log_score(architecture: Architecture, raw: Tensor, borders: Tensor | None, y: Tensor) -> Tensor:
-    """log p(y) for y (*b) under raw outputs (*b, p); minus its mean is what training minimises.
+    """log p(y) for y (*b) under raw outputs that broadcast to (*b, p); minus its mean is what training minimises.
 
     The same numbers as `predictive(...).log_prob(y)`, without the distribution in between.
 
@@ -112,7 +112,7 @@ def _gaussians(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _log_bars(raw: Tensor, borders: Tensor, y: Tensor) -> Tensor:
     widths = borders.diff()
     bar = torch.bucketize(y.contiguous(), borders[1:-1].contiguous(), right=True)  # a border belongs to its right bar
-    log_mass = raw.gather(-1, bar.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(raw, -1)
+    log_mass = raw.expand(*bar.shape, -1).gather(-1, bar.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(raw, -1)
     last = len(widths) - 1
     scale = torch.where(bar == 0, widths[0], widths[-1]) / _HALF_NORMAL_MEDIAN
     beyond = torch.where(bar == 0, borders[1] - y, y - borders[-2]) / scale

@@ -102,6 +102,8 @@ def pretrain(
     schedule = schedule or Schedule()
     _checks.choice("pretrain", "precision", precision, PRECISIONS)
     _checks.at_least("pretrain", "num_devices", num_devices, 1, integer=True)
+    if schedule.targets == "expected":
+        _check_expected(prior, architecture)
     where = torch.device(device)
     if num_devices > 1:
         worker: Worker = _doors.fabric_worker(where, num_devices, precision)
@@ -120,6 +122,13 @@ def pretrain(
     if out is not None and worker.rank == 0:
         trained.save(out)
     return trained
+
+
+def _check_expected(prior: Any, architecture: Architecture) -> None:
+    if architecture.head == "classes" or not callable(getattr(prior, "conditional", None)):
+        wanted = 'targets="expected" needs a regression prior with conditional(latents, x, y, xs, num_noiseless).'
+        got = f"head={architecture.head!r}, prior={type(prior).__name__}"
+        fail(SettingError, "pretrain", wanted, got=got, fix='targets="drawn", or a Gaussian-process prior')
 
 
 class _Job:
@@ -178,7 +187,8 @@ class _Job:
                         batch.x, batch.y, batch.xs, batch.conditions, num_appended=batch.num_appended,
                         noiseless=batch.noiseless,
                     )  # fmt: skip
-                loss = -log_score(self.architecture, raw.float(), self.borders, batch.targets).mean()
+                raw = raw.float() if batch.targets.ndim == 2 else raw.float().unsqueeze(-2)
+                loss = -log_score(self.architecture, raw, self.borders, batch.targets).mean()
                 worker.backward(loss / schedule.accumulate)
             total += loss.detach() / schedule.accumulate
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), schedule.clip)

@@ -43,7 +43,12 @@ class Tasks(NamedTuple):
 
 
 class TaskPrior(Protocol):
-    """Anything that can draw data sets: what a prior-data fitted network is trained on."""
+    """Anything that can draw data sets: what a prior-data fitted network is trained on.
+
+    A prior that knows more may also have `conditional(latents, x, y, xs, num_noiseless) -> (mean, variance,
+    noise_variance)`, the normal law of f at further inputs given the latents and some points of the same task, as
+    `FixedGP` has; networks are then trained with less noise by `Schedule(targets="expected")`.
+    """
 
     def sample(self, batch: int, n: int, d: int, generator: torch.Generator) -> Tasks:
         """`batch` data sets of n points with d input columns, on the device of the generator."""

@@ -9,6 +9,7 @@ Reference: Mueller, Feurer, Hollmann, Hutter (2023), "PFNs4BO: In-context learni
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,7 @@ from bayesdl.errors import SettingError, fail
 from bayesdl.hyper import Gamma, HyperPrior, LogNormal
 from bayesdl.kernels import Kernel, Matern, Scale
 from bayesdl.priors._tasks_base import Inputs, Tasks, box_width, check_inputs, check_sizes, draw_inputs, per_task
+from bayesdl.priors._tasks_conditional import Conditional, condition
 from bayesdl.priors._tasks_draws import (
     check_law,
     check_noise,
@@ -101,13 +103,10 @@ class HEBOPlus:
             "outputscale": params["outputscale"],
             "relevant": relevant,
         }
-        width = box_width(self.inputs)
-        low = 0.0 if self.inputs == "unit" else -0.5 * width
-        points = x.to(torch.float64)
+        width, low = self._box()
         if self.warp is not None:
             latents["warp"] = draw_warp(self.warp, batch, d, generator)
-            points = low + width * kumaraswamy(((points - low) / width).clamp(0.0, 1.0), latents["warp"])
-        points = points * relevant.unsqueeze(1)
+        points = self._seen(x, latents)
         f, latents["jitter"] = draw_functions(kernel, params, points, generator)
         if self.linear:
             scales = torch.rand(2, batch, generator=generator, dtype=torch.float64, device=x.device)
@@ -116,6 +115,29 @@ class HEBOPlus:
             line = ((points - low) / width * relevant.unsqueeze(1)) @ slopes
             f = f + per_task(latents["linear_variance"].sqrt(), f) * line.squeeze(-1)
         return observed(x, f, draw_noise(self.noise_variance, batch, generator), latents, generator)
+
+    def conditional(
+        self, latents: Mapping[str, Tensor], x: Tensor, y: Tensor, xs: Tensor, num_noiseless: int = 0
+    ) -> Conditional:
+        """The law of f at xs given latents and points; see `FixedGP.conditional`. With a linear part: SettingError."""
+        if self.linear:
+            wanted = "the law of further values is known without the linear part only."
+            fail(SettingError, "HEBOPlus.conditional", wanted, got="linear=True", fix='targets="drawn"')
+        of_kernel = {**latents, "base.lengthscale": latents["lengthscale"]}
+        seen = (self._seen(x, latents), y, self._seen(xs, latents))
+        return condition(self._kernel(1.0), of_kernel, *seen, num_noiseless)
+
+    def _box(self) -> tuple[float, float]:
+        width = box_width(self.inputs)
+        return width, 0.0 if self.inputs == "unit" else -0.5 * width
+
+    def _seen(self, x: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
+        """The points in the coordinates of the kernel: warped, ignored columns at 0."""
+        points = x.to(torch.float64)
+        if self.warp is not None:
+            width, low = self._box()
+            points = low + width * kumaraswamy(((points - low) / width).clamp(0.0, 1.0), latents["warp"])
+        return points * latents["relevant"].unsqueeze(1)
 
 
 def draw_warp(log_sd: tuple[float, float], batch: int, d: int, generator: torch.Generator) -> Tensor:

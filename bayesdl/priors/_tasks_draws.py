@@ -8,7 +8,7 @@ adds beyond that is rare, and both are returned as the jitter.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,13 +41,10 @@ def draw_functions(
     """
     batch, n, _ = x.shape
     z = torch.randn(batch, n, 1, generator=generator, dtype=torch.float64, device=generator.device)
-    limit = _MATRIX_BYTES.get(x.device.type, _MATRIX_BYTES_GPU)
-    size = max(1, limit // (8 * n * n))
     f, jitter = torch.empty_like(z[..., 0]), z.new_empty(batch)
     points = x.to(torch.float64)
     with torch.no_grad():
-        for start in range(0, batch, size):
-            rows = slice(start, start + size)
+        for rows in tasks_at_a_time(points):
             k, _ = kernel.value_and_pullback(points[rows], {name: value[rows] for name, value in params.items()})
             diagonal = k.diagonal(dim1=-2, dim2=-1)
             added = _JITTER * diagonal.mean(-1)
@@ -62,6 +59,13 @@ def draw_functions(
             NumericalError, "priors.tasks", wanted, got=got, fix="a positive definite kernel, or narrower hyper-priors"
         )
     return f, jitter
+
+
+def tasks_at_a_time(points: Tensor) -> Iterator[slice]:
+    """Slices of the batch of points (batch n d) whose covariance matrices fit into a fixed amount of memory."""
+    batch, n, _ = points.shape
+    size = max(1, _MATRIX_BYTES.get(points.device.type, _MATRIX_BYTES_GPU) // (8 * n * n))
+    return (slice(start, start + size) for start in range(0, batch, size))
 
 
 def draw_from_several(

@@ -6,15 +6,18 @@ theta ~ p(theta),    f ~ GP(0, k_theta),    y_i = f(x_i) + e_i,    e_i ~ N(0, no
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from bayesdl import _checks
 from bayesdl.errors import SettingError, fail
 from bayesdl.hyper import Gamma, HyperPrior, LogNormal
 from bayesdl.kernels import NNGP, Kernel, Scale
 from bayesdl.priors._tasks_base import Inputs, Tasks, box_width, check_inputs, check_sizes, draw_inputs
+from bayesdl.priors._tasks_conditional import Conditional, condition, condition_several
 from bayesdl.priors._tasks_draws import (
     FAMILIES,
     check_kernel,
@@ -64,6 +67,24 @@ class FixedGP:
         f, jitter = draw_functions(self.kernel, params, x, generator)
         noise = like.new_full((batch,), self.noise_variance)
         return observed(x, f, noise, {**params, "jitter": jitter}, generator)
+
+    def conditional(
+        self, latents: Mapping[str, Tensor], x: Tensor, y: Tensor, xs: Tensor, num_noiseless: int = 0
+    ) -> Conditional:
+        """The normal law of f at xs, in the tasks with these latents, given some of their points.
+
+        Args:
+            latents: As `sample` gives them.
+            x, y: (batch, n, d) and (batch, n), points of the same tasks; n may be 0.
+            xs: (batch, q, d).
+            num_noiseless: How many of the last values of y are free of noise.
+
+        Returns:
+            mean and variance of f, both (batch, q), and noise_variance (batch), in float64.
+
+        Cost: O(batch (n + q) n^2) time.
+        """
+        return condition(self.kernel, latents, x, y, xs, num_noiseless)
 
 
 @dataclass(frozen=True)
@@ -143,6 +164,12 @@ class HyperGP:
         noise = draw_noise(self.noise_variance, batch, generator)
         return observed(x, f, noise, latents, generator)
 
+    def conditional(
+        self, latents: Mapping[str, Tensor], x: Tensor, y: Tensor, xs: Tensor, num_noiseless: int = 0
+    ) -> Conditional:
+        """The law of f at xs given latents and points; see `FixedGP.conditional`."""
+        return condition_several(self.kernels_for(x.shape[-1]), latents, x, y, xs, num_noiseless)
+
 
 @dataclass(frozen=True)
 class NetworkGP:
@@ -194,6 +221,12 @@ class NetworkGP:
         noise = draw_noise(self.noise_variance, batch, generator)
         return observed(x, f, noise, latents, generator)
 
+    def conditional(
+        self, latents: Mapping[str, Tensor], x: Tensor, y: Tensor, xs: Tensor, num_noiseless: int = 0
+    ) -> Conditional:
+        """The law of f at xs given latents and points; see `FixedGP.conditional`."""
+        return condition_several(self.kernels_for(x.shape[-1]), latents, x, y, xs, num_noiseless)
+
 
 @dataclass(frozen=True)
 class StudentTProcess:
@@ -238,3 +271,12 @@ class StudentTProcess:
         sigma = v.sqrt().to(torch.float32)
         latents = {**tasks.latents, "scale": v.squeeze(-1)}
         return Tasks(tasks.x, tasks.y * sigma, tasks.noiseless * sigma, latents)
+
+    def conditional(
+        self, latents: Mapping[str, Tensor], x: Tensor, y: Tensor, xs: Tensor, num_noiseless: int = 0
+    ) -> Conditional:
+        """The law of f at xs given latents and points; see `FixedGP.conditional`."""
+        sigma = latents["scale"].to(torch.float64).clamp(1e-12, 1e12).sqrt().unsqueeze(-1)
+        law = self.base.conditional(latents, x, y / sigma, xs, num_noiseless)
+        square = sigma.square()
+        return Conditional(law.mean * sigma, law.variance * square, law.noise_variance * square.squeeze(-1))

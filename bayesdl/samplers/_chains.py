@@ -143,11 +143,11 @@ def drive(
     if checkpoint is not None:
         settings = {"sampler": where, "num_warmup": num_warmup, "num_draws": num_draws, "thin": thin, "seed": root}
         settings |= {"max_gradients": max_gradients, "initial": q, "device": q.device.type, **program.settings}
-        course.file = Checkpoint(where, checkpoint, fingerprint(settings), at_initial)
+        course.file = Checkpoint(where, checkpoint, fingerprint(settings), at_initial, extends=True)
     saved = None if course.file is None else course.file.load(q.device)
     if saved is not None:
         course.resume(saved)
-    if saved is None or not saved.finished:
+    if saved is None or not saved.finished or len(record) < num_draws:
         course.go(q, Progress(num_warmup + num_draws * thin, description, progress))
     return course.result(), course.carry
 

@@ -55,16 +55,23 @@ class Checkpoint:
         path: The folder; made when it is first written to.
         settings: What makes this run what it is, as JSON. A folder of a run with other settings is refused.
         log_density: Its values at the initial positions, which tell another model or other data.
+        extends: Whether "num_draws", among the settings, may differ: a run is not another one for being longer.
 
     Raises:
         StorageError: The folder holds something else, or a file in it is damaged.
-        SettingError: It holds a run with other settings.
+        SettingError: It holds a run with other settings, or more draws than are asked for.
     """
 
     def __init__(
-        self, where: str, path: str | os.PathLike[str], settings: Mapping[str, Any], log_density: Tensor
+        self,
+        where: str,
+        path: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        log_density: Tensor,
+        *,
+        extends: bool = False,
     ) -> None:
-        self._where, self._path = where, Path(path)
+        self._where, self._path, self._extends = where, Path(path), extends
         self._settings, self._log_density = dict(settings), log_density.detach().cpu()
         self._parts: list[tuple[int, int]] = []
         self._written, self._pause = time.monotonic(), SECONDS
@@ -80,6 +87,7 @@ class Checkpoint:
             fail(StorageError, self._where, "checkpoint must name the folder of a run.", got=got, fix=_ANEW)
         self._check_settings(record["settings"], tensors.pop("log_density"))
         self._parts = [(first, end) for first, end in record["parts"]]
+        self._check_length()
         parts = [self._read(_name(*part))[1] for part in self._parts]
         try:
             tree = unpack(record["spec"], tensors, device)
@@ -125,7 +133,9 @@ class Checkpoint:
             fail(StorageError, self._where, wanted, got=got, fix=f"put back a copy, or {_ANEW}")
 
     def _check_settings(self, found: dict[str, Any], log_density: Tensor) -> None:
-        differ = [key for key in {**self._settings, **found} if self._settings.get(key) != found.get(key)]
+        free = {"num_draws"} if self._extends else set()
+        known = [key for key in {**self._settings, **found} if key not in free]
+        differ = [key for key in known if self._settings.get(key) != found.get(key)]
         if differ:
             theirs = ", ".join(f"{key}={found.get(key)!r}" for key in differ)
             ours = ", ".join(f"{key}={self._settings.get(key)!r}" for key in differ)
@@ -137,6 +147,13 @@ class Checkpoint:
             wanted = f"log_density must be that of the run in {self._path}."
             got = "other values at the initial positions"
             fail(SettingError, self._where, wanted, got=got, fix=f"pass the same model and data, or {_ANEW}")
+
+    def _check_length(self) -> None:
+        held = self._parts[-1][1] if self._parts else 0
+        if self._extends and held > self._settings["num_draws"]:
+            wanted = f"{self._path} holds {held} draws of each chain already; it can be made longer, not shorter."
+            got = f"num_draws={self._settings['num_draws']}"
+            fail(SettingError, self._where, wanted, got=got, fix=f"num_draws={held} or more; or {_ANEW}")
 
     def _tidy(self) -> None:
         """Remove what the state no longer speaks of, and what killed writes left."""

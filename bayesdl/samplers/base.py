@@ -9,9 +9,11 @@ Four settings every sampler has:
 - `checkpoint`, a folder. The run writes its state, its random streams and its draws there every few seconds (or less
   often, so that writing takes at most a twentieth of the time), and at its end. Called again with the same settings
   after it was killed, it goes on from there and makes the same draws, bit for bit, on the same kind of machine; once
-  it is over it hands back what is there without computing a gradient. A folder of a run with other settings is refused,
-  and so is one whose log density has other values at the initial positions; `progress` may differ, and so may the last
-  two settings of this list, at the price of rounding. One process at a time may use a folder.
+  it is over it hands back what is there without computing a gradient. With a larger `num_draws` a run goes on behind
+  its last draw, adapted as it is, and ends with the draws that one of that length would have had (the samplers of
+  stochastic gradients, whose steps are laid out for a length, and SMC do not). A folder of a run with other settings is
+  refused, and so is one whose log density has other values at the initial positions; `progress` may differ, and so may
+  the last two settings of this list, at the price of rounding. One process at a time may use a folder.
 - `max_gradients`, a budget of gradient evaluations per chain, warm-up and step-size searches included. No transition
   begins once it is spent, but for the one that gives the first draw, and `Run.stopped_by` says so. A budget that ends
   within warm-up leaves parameters that are not adapted well, and warns. The stochastic-gradient samplers count passes

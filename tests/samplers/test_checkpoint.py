@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bayesdl.errors import SettingError, StorageError
-from bayesdl.samplers import _checkpoint, hmc
+from bayesdl.samplers import _checkpoint, chees, hmc, mams, mclmc, meads, nuts
 from bayesdl.samplers._checkpoint import Checkpoint, fingerprint, pack, unpack
 
 
@@ -149,10 +149,42 @@ def test_a_finished_run_is_handed_back_without_a_gradient(tmp_path):
     assert again.seconds >= first.seconds * 0.5
 
 
+@pytest.mark.parametrize("engine", [hmc, nuts, chees, mams, mclmc, meads])
+@pytest.mark.parametrize("thin", [1, 3])
+def test_a_finished_run_can_be_made_longer(engine, thin, tmp_path):
+    """6 draws, then 15: as though it had been 15 from the start, and nothing computed twice."""
+    settings = {"num_warmup": 12, "seed": 5, "thin": thin}
+    start, calls = numbers(16, 2), []
+
+    def counted(q):
+        calls.append(1)
+        return normal(q)
+
+    unbroken = engine.run(counted, start, num_draws=15, **settings)
+    whole = len(calls)
+    first = engine.run(counted, start, num_draws=6, checkpoint=tmp_path / "run", **settings)
+    longer = engine.run(counted, start, num_draws=15, checkpoint=tmp_path / "run", **settings)
+    assert len(calls) <= 2 * whole + 1  # one more look at the door
+    assert torch.equal(longer.draws[:, :6], first.draws)
+    assert torch.equal(longer.draws, unbroken.draws)
+    assert all(torch.equal(longer.stats[n].nan_to_num(), unbroken.stats[n].nan_to_num()) for n in unbroken.stats)
+    assert (longer.num_gradients, longer.stopped_by) == (unbroken.num_gradients, "num_draws")
+
+
+def test_a_run_whose_budget_is_spent_does_not_become_longer(tmp_path):
+    """More draws asked for, the same budget: the same draws."""
+    settings = {**SETTINGS, "max_gradients": 45, "num_draws": 100, "checkpoint": tmp_path / "run"}
+    first = hmc.run(normal, numbers(3, 2), **settings)
+    again = hmc.run(normal, numbers(3, 2), **{**settings, "num_draws": 200})
+    assert first.stopped_by == again.stopped_by == "max_gradients"
+    assert torch.equal(first.draws, again.draws)
+    assert first.num_gradients == again.num_gradients
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_draws": 7}, "num_draws=6"),
+        ({"num_draws": 5}, "holds 6 draws of each chain"),
         ({"num_steps": 4}, "num_steps=3"),
         ({"seed": 6}, "seed=5"),
         ({"target_accept": 0.9}, "target_accept=0.8"),
