@@ -28,6 +28,7 @@ _OPTIONS = (
     ("--batch", "schedule", "batch", int, "tasks a step"),
     ("--n-max", "schedule", "n_max", int, "the largest context"),
     ("--queries", "schedule", "num_queries", int, "queries a task"),
+    ("--targets", "schedule", "targets", str, "drawn, or expected where the prior knows their law (default: drawn)"),
     ("--learning-rate", "schedule", "learning_rate", float, "its peak"),
     ("--accumulate", "schedule", "accumulate", int, "batches whose gradients are averaged before a step"),
     ("--max-inputs", "architecture", "max_inputs", int, "the largest number of input columns (default: 1)"),
