@@ -171,7 +171,7 @@ def _ranks(table: pd.DataFrame) -> Figure:
         text = "" if math.isnan(value) else f"{value:.2f}"
         ax.text(j, i, text, ha="center", va="center", fontsize=8, color=INK, fontweight="bold" if j == 0 else "normal")
     seeds = table.groupby("problem")["seed"].nunique()
-    names = ["mean", *(f"{name}\n{seeds[name]} seeds" for name in wide.columns[1:])]
+    names = ["mean", *(f"{name}\n{seeds[name]} seed{'s' if seeds[name] > 1 else ''}" for name in wide.columns[1:])]
     ax.set_xticks(range(wide.shape[1]), names, fontsize=7.5, rotation=40, ha="right")
     ax.set_yticks(range(len(wide)), [LABELS[name] for name in wide.index], fontsize=8.5)
     ax.axvline(0.5, color="white", linewidth=3)
@@ -232,16 +232,16 @@ def _surrogates(table: pd.DataFrame) -> Figure | None:
         ("coverage_start", "coverage of 90 % intervals", 0.9, "nominal"),
         ("cpu_proposal", "CPU seconds of a proposal", None, ""),
     )
-    marks = "osDv^<>PX*hpd8"
+    marks = [{"marker": mark, "fillstyle": fill} for fill in ("full", "none") for mark in "osDv^<>PX*hpd8"]
     for ax, (column, title, line, meaning) in zip(figure.subplots(1, 3, sharey=True), shows, strict=True):
         medians = part.groupby(["method", "problem"])[column].median()
         for place, method in enumerate(order):
-            for name, mark in zip(problems, marks * 2, strict=False):
+            for name, mark in zip(problems, marks, strict=False):
                 if (method, name) in medians.index:
                     value = medians[method, name]
                     value = min(value, 4.0) if column.startswith("nlpd") else value
-                    ax.plot(value, place, mark, color=COLOURS.get(method, MUTED), markersize=5, alpha=0.75,
-                            label=name if place == 0 else None)  # fmt: skip
+                    ax.plot(value, place, **mark, color=COLOURS.get(method, MUTED), markersize=5, alpha=0.75,
+                            linestyle="none", label=name if place == 0 else None)  # fmt: skip
         if line is not None:
             ax.axvline(line, color="#999999", linewidth=0.8, linestyle="--", label=meaning)
         _tidy(ax, title)
@@ -254,8 +254,8 @@ def _surrogates(table: pd.DataFrame) -> Figure | None:
     first.invert_yaxis()
     first.set_xlim(right=4.15)
     found = dict(zip(*reversed(first.get_legend_handles_labels()), strict=True))
-    for name, mark in zip(problems, marks * 2, strict=False):
-        found.setdefault(name, first.plot([], [], mark, color=MUTED, markersize=5)[0])
+    for name, mark in zip(problems, marks, strict=False):
+        found.setdefault(name, first.plot([], [], **mark, color=MUTED, markersize=5, linestyle="none")[0])
     names = [*problems, *(name for name in found if name not in problems)]
     figure.legend(
         [found[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False, fontsize=8
