@@ -276,7 +276,10 @@ class StudentTProcess:
         self, latents: Mapping[str, Tensor], x: Tensor, y: Tensor, xs: Tensor, num_noiseless: int = 0
     ) -> Conditional:
         """The law of f at xs given latents and points; see `FixedGP.conditional`."""
-        sigma = latents["scale"].to(torch.float64).clamp(1e-12, 1e12).sqrt().unsqueeze(-1)
+        if not callable(getattr(self.base, "conditional", None)):
+            wanted, fix = "base must know the law of further values.", 'targets="drawn", or base=HyperGP()'
+            fail(SettingError, "StudentTProcess.conditional", wanted, got=type(self.base).__name__, fix=fix)
+        sigma = latents["scale"].to(torch.float64).sqrt().unsqueeze(-1)
         law = self.base.conditional(latents, x, y / sigma, xs, num_noiseless)
         square = sigma.square()
         return Conditional(law.mean * sigma, law.variance * square, law.noise_variance * square.squeeze(-1))

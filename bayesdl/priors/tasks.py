@@ -7,6 +7,7 @@ generator, with no loop over them. Float32 comes out; covariance matrices are fa
 from bayesdl.priors._curves import CURVES
 from bayesdl.priors._tasks_base import TaskPrior, Tasks
 from bayesdl.priors._tasks_bo import HEBOPlus
+from bayesdl.priors._tasks_conditional import Conditional
 from bayesdl.priors._tasks_curves import LearningCurves
 from bayesdl.priors._tasks_gp import FixedGP, HyperGP, NetworkGP, StudentTProcess
 from bayesdl.priors._tasks_model import Mixture, ModelTasks
@@ -15,6 +16,7 @@ from bayesdl.priors._tasks_tabular import Tabular
 
 __all__ = [
     "CURVES",
+    "Conditional",
     "FixedGP",
     "HEBOPlus",
     "HyperGP",

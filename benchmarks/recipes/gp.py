@@ -26,7 +26,9 @@ prior = HyperGP(
     inputs="mixed",
 )
 architecture = Architecture(max_inputs=5, head="mixture", outputs=10, width=128, num_layers=4, num_conditions=1)
-schedule = Schedule(num_steps=30_000, batch=16, n_max=100, num_queries=32, context="uniform", decay="linear")
+schedule = Schedule(
+    num_steps=30_000, batch=16, n_max=100, num_queries=32, context="uniform", decay="linear", targets="expected"
+)
 card = {"name": "gp", "licence": "Apache-2.0"}
 
 

@@ -66,9 +66,9 @@ def test_without_a_context_it_is_the_prior() -> None:
     torch.testing.assert_close(law.variance, torch.full((5, 3), 2.5, dtype=torch.float64), rtol=1e-6, atol=0.0)
 
 
-def test_a_linear_part_is_refused() -> None:
-    """HEBO's slopes are not among its latents."""
-    prior = tasks.HEBOPlus(linear=True)
+@pytest.mark.parametrize("prior", [tasks.HEBOPlus(linear=True), tasks.StudentTProcess(tasks.NeuralNetwork())])
+def test_priors_without_the_law_say_so(prior: tasks.TaskPrior) -> None:
+    """HEBO's slopes are not among its latents, and a network's values are not normal."""
     drawn = prior.sample(2, 4, 2, torch.Generator().manual_seed(0))
-    with pytest.raises(SettingError, match="linear"):
+    with pytest.raises(SettingError, match=r"law of further values(.|\n)*drawn"):
         prior.conditional(drawn.latents, drawn.x[:, :3], drawn.y[:, :3], drawn.x[:, 3:])
