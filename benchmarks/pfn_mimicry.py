@@ -207,7 +207,8 @@ def picture(engine: Any, rows: list[dict[str, Any]], levels: dict[int, Tensor]) 
         ordered = level.sort().values
         axes[1, 1].plot(ordered, torch.linspace(0, 1, len(ordered)) - ordered, lw=1, label=f"n = {n}")
     axes[1, 1].set(xlabel="level of the quantile", title="share of targets below it, minus the level")
-    axes[1, 1].legend(frameon=False, fontsize=8)
+    axes[1, 1].set_ylim(bottom=1.6 * axes[1, 1].get_ylim()[0])  # room for the legend
+    axes[1, 1].legend(frameon=False, fontsize=8, ncols=4, loc="lower center")
     log = engine.network.card["log"]
     axes[1, 2].plot([entry["step"] for entry in log], [entry["loss"] for entry in log], lw=1)
     axes[1, 2].set(xlabel="training step", title="training loss, nats")

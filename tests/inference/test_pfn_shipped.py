@@ -139,8 +139,8 @@ def exact_joint(x: Tensor, y: Tensor, xs: Tensor, prior: Any, num: int = 3000) -
 def test_joint_draws_go_together_as_exact_ones_do(recipe: Any) -> None:
     """Correlations of f at neighbours 0.3 apart, on 16 tasks of 8 points: right on average, roughly right on each.
 
-    400 draws know a correlation to about 0.04. Exact ones average 0.51 here; at release the network's averaged 0.49
-    and were off by 0.19 in root mean square; its standard deviations were 0.74 to 1.38 times the exact ones in nine of
+    400 draws know a correlation to about 0.04. Exact ones average 0.51 here; at release the network's averaged 0.50
+    and were off by 0.15 in root mean square; its standard deviations were 0.82 to 1.23 times the exact ones in nine of
     ten cases. Draws that were independent from point to point would fail by far.
     """
     prior = recipe("gp").prior
@@ -162,7 +162,7 @@ def test_joint_draws_go_together_as_exact_ones_do(recipe: Any) -> None:
     near = torch.tensor([[0, 1], [2, 3], [3, 4]])
     want, got = (c[:, near[:, 0], near[:, 1]].flatten() for c in (exact, ours))
     assert float((got - want).mean()) == pytest.approx(0.0, abs=0.1)
-    assert float((got - want).square().mean().sqrt()) < 0.27
+    assert float((got - want).square().mean().sqrt()) < 0.22
     assert float(torch.corrcoef(torch.stack([want, got]))[0, 1]) > 0.7
     assert float((ours - exact)[:, 0, 5].abs().mean()) < 0.15  # far apart: nothing to do with each other
     assert float(torch.stack(spread).median()) == pytest.approx(1.0, abs=0.15)
