@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bayesdl.amortized import Network, Pretrained, Schedule, _batches
 from bayesdl.amortized.checkpoint import WEIGHTS
-from bayesdl.amortized.heads import log_score
+from bayesdl.amortized.heads import loss
 
 sys.path.insert(0, str(Path(__file__).parent / "recipes"))
 import gp
@@ -42,9 +42,8 @@ def gradient(network: Network, schedule: Schedule, step: int) -> Tensor:
     """Of the loss of one batch, all weights in a row."""
     batch = _batches.draw(gp.prior, gp.architecture, schedule, 0, step, 0, 0, torch.device("cpu"))
     raw = network(batch.x, batch.y, batch.xs, batch.conditions)
-    raw = raw if batch.targets.ndim == 2 else raw.unsqueeze(-2)
-    loss = -log_score(gp.architecture, raw, None, batch.targets).mean()
-    parts = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True, materialize_grads=True)
+    lost = loss(gp.architecture, raw, None, batch.targets)
+    parts = torch.autograd.grad(lost, list(network.parameters()), allow_unused=True, materialize_grads=True)
     return torch.cat([part.flatten() for part in parts])
 
 

@@ -60,7 +60,6 @@ def in_jax(target: Target, num_chains: int) -> Callable[[], Any]:
 
 def microseconds(call: Callable[[], Any], evaluations: int, num_chains: int) -> float:
     """CPU time of one chain's value and gradient."""
-    began = time.process_time()
     call()  # compiles
     call()
     began = time.process_time()

@@ -61,6 +61,12 @@ def log_score(architecture: Architecture, raw: Tensor, borders: Tensor | None, y
     return raw.gather(-1, y.long().unsqueeze(-1)).squeeze(-1) - torch.logsumexp(raw, -1)
 
 
+def loss(architecture: Architecture, raw: Tensor, borders: Tensor | None, targets: Tensor) -> Tensor:
+    """The mean of -log p over queries, raw (B q p), and their targets (B q), or (B q t) where each has several."""
+    raw = raw if targets.ndim < raw.ndim else raw.unsqueeze(-2)
+    return -log_score(architecture, raw, borders, targets).mean()
+
+
 def make_borders(values: Tensor, num_bars: int, *, equal_width: float = 0.5) -> Tensor:
     r"""Borders of bars for targets like `values`, a large draw from the prior: (num_bars + 1,), ascending, float64.
 

@@ -30,7 +30,7 @@ from bayesdl._version import __version__
 from bayesdl.amortized import _batches, _run
 from bayesdl.amortized._worker import PRECISIONS, OneDevice, Worker
 from bayesdl.amortized.checkpoint import Pretrained
-from bayesdl.amortized.heads import log_score, make_borders
+from bayesdl.amortized.heads import loss, make_borders
 from bayesdl.amortized.network import Architecture, Network
 from bayesdl.amortized.schedule import Schedule
 from bayesdl.errors import NumericalError, SettingError, fail
@@ -187,10 +187,9 @@ class _Job:
                         batch.x, batch.y, batch.xs, batch.conditions, num_appended=batch.num_appended,
                         noiseless=batch.noiseless,
                     )  # fmt: skip
-                raw = raw.float() if batch.targets.ndim == 2 else raw.float().unsqueeze(-2)
-                loss = -log_score(self.architecture, raw, self.borders, batch.targets).mean()
-                worker.backward(loss / schedule.accumulate)
-            total += loss.detach() / schedule.accumulate
+                lost = loss(self.architecture, raw.float(), self.borders, batch.targets)
+                worker.backward(lost / schedule.accumulate)
+            total += lost.detach() / schedule.accumulate
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), schedule.clip)
         # one synchronisation a step: a gradient that is not finite must not reach the weights
         loss_now, norm_now = torch.stack([worker.mean(total), norm]).tolist()

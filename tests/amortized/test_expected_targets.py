@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bayesdl.amortized import Architecture, Network, Schedule, _batches, pretrain
-from bayesdl.amortized.heads import log_score
+from bayesdl.amortized.heads import log_score, loss
 from bayesdl.errors import SettingError
 from bayesdl.hyper import LogNormal
 from bayesdl.priors.tasks import HyperGP
@@ -27,10 +27,9 @@ def loss_and_gradient(network: Network, schedule: Schedule, step: int) -> tuple[
     raw = network(
         batch.x, batch.y, batch.xs, batch.conditions, num_appended=batch.num_appended, noiseless=batch.noiseless
     )
-    raw = raw if batch.targets.ndim == 2 else raw.unsqueeze(-2)
-    loss = -log_score(SHAPE, raw, None, batch.targets).mean()
-    parts = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
-    return float(loss.detach()), torch.cat([part.flatten() for part in parts if part is not None and part.numel()])
+    lost = loss(SHAPE, raw, None, batch.targets)
+    parts = torch.autograd.grad(lost, list(network.parameters()), allow_unused=True)
+    return float(lost.detach()), torch.cat([part.flatten() for part in parts if part is not None and part.numel()])
 
 
 def test_it_is_the_same_objective_with_less_noise() -> None:
@@ -93,6 +92,8 @@ def test_several_targets_of_a_query_count_alike(head: str) -> None:
     together = log_score(architecture, raw.unsqueeze(-2), borders, y)
     each = torch.stack([log_score(architecture, raw, borders, y[..., i]) for i in range(6)], -1)
     torch.testing.assert_close(together, each)
+    torch.testing.assert_close(loss(architecture, raw, borders, y), -each.mean())
+    torch.testing.assert_close(loss(architecture, raw, borders, y[..., 0]), -each[..., 0].mean())
 
 
 def test_priors_that_do_not_know_the_law_are_refused() -> None:
