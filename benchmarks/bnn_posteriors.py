@@ -10,8 +10,9 @@ four chains of the reference with the last four: nothing can be nearer than that
 
     BAYESDL_DATA=... python benchmarks/bnn_posteriors.py --scratch /somewhere/that/stays [--datasets concrete]
 
-One row is written as soon as it is known, rows that are there are not computed again, and the reference keeps a
-checkpoint in `--scratch`, so that a killed run goes on where it stopped. CPU time is process time of one thread.
+One row is written as soon as it is known, rows that are there are not computed again, every fit is kept in
+`--scratch`, and the reference keeps a checkpoint there, so that a killed run goes on where it stopped. `--fit SGHMC`
+fits and writes no row, for two processes to share the work. CPU time is process time of one thread.
 
 After Izmailov, Vikram, Hoffman, Wilson (2021), What are Bayesian neural network posteriors really like?,
 arXiv 2104.14421.
@@ -31,7 +32,7 @@ import csv
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import describe
@@ -51,7 +52,7 @@ TEST_INPUTS, MEMBERS = 500, 800
 SIZES = {
     "concrete": {"num_steps": 400, "num_warmup": 120, "num_draws": 250, "passes": 6000},
     "kin8nm:1000": {"num_steps": 400, "num_warmup": 150, "num_draws": 400, "passes": 6000},
-    "kin8nm": {"num_steps": 400, "num_warmup": 120, "num_draws": 250, "passes": 2000},
+    "kin8nm": {"num_steps": 128, "num_warmup": 200, "num_draws": 700, "passes": 2000, "collapse": True},
 }
 
 
@@ -65,6 +66,7 @@ def reference(name: str, scratch: Path) -> Any:
         num_draws=size["num_draws"],
         num_steps=size["num_steps"],
         target_accept=0.65,
+        collapse=size.get("collapse", False),
         progress=True,
         checkpoint=str(scratch / f"bnn_posteriors_{name}"),
     )
@@ -77,8 +79,10 @@ def contenders(name: str, n: int) -> dict[str, Any]:
     thin = max(1, steps // 2 // 200)
     stochastic = {"num_chains": CHAINS, "num_warmup": steps // 2, "num_draws": 200, "thin": thin, "batch_size": BATCH}
     half = passes // 2 // 96  # transitions: a trajectory of at most 128 steps has 96 on average
+    hmc = {"num_chains": CHAINS, "num_warmup": half, "num_draws": half, "num_steps": 128}
     return {
-        "HMC": bdl.HMC(NETWORK, num_chains=CHAINS, num_warmup=half, num_draws=half, num_steps=128),
+        "HMC": bdl.HMC(NETWORK, **hmc),
+        "collapsed HMC": bdl.HMC(NETWORK, **hmc, collapse=True),
         "SGHMC": bdl.SGHMC(NETWORK, **stochastic),
         "SGLD": bdl.SGLD(NETWORK, **stochastic),
         "CyclicalSGMCMC": cyclical(steps),
@@ -127,34 +131,55 @@ def scores(posterior: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
     }
 
 
-def run(name: str, scratch: Path) -> None:
-    """All rows of one data set that are not there yet."""
+class Split(NamedTuple):
+    """Inputs and targets."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def split_of(name: str) -> Split:
+    """A data set by its name in `SIZES`, in float32."""
     source, _, rows = name.partition(":")
     data = bdl.datasets.load(f"uci:{source}")
     train, test = (~data.splits[0]).nonzero().squeeze(-1), data.splits[0].nonzero().squeeze(-1)
     if rows:
         train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: int(rows)]]
     x, y = data.x.float(), data.y.float()
-    at, unit = x[test][:TEST_INPUTS], float(y[train].std())
-    done = {(row["dataset"], row["method"]) for row in read()}
-    path = scratch / f"bnn_posteriors_{name}.bdl"
+    return Split((x[train], y[train]), (x[test], y[test]))
+
+
+def fitted(name: str, method: str, engine: Any, data: Split, scratch: Path, seed: int) -> tuple[Any, float]:
+    """The posterior of a method and its CPU seconds, from `scratch` where it was fitted before."""
+    path = scratch / f"bnn_posteriors_{name}_{method}.bdl"
+    clock = path.with_suffix(".seconds")
     if not path.exists():
-        reference(name, scratch).fit(x[train], y[train], seed=0).save(path)
-    long_run = bdl.load(path)
+        began = time.process_time()
+        posterior = engine.fit(*data.train, seed=seed)
+        clock.write_text(f"{time.process_time() - began:.0f}", encoding="utf-8")
+        posterior.save(path)
+    return bdl.load(path), float(clock.read_text(encoding="utf-8"))
+
+
+def run(name: str, scratch: Path) -> None:
+    """All rows of one data set that are not there yet."""
+    data = split_of(name)
+    (_, y_train), (x, y) = data
+    at, unit = x[:TEST_INPUTS], float(y_train.std())
+    done = {(row["dataset"], row["method"]) for row in read()}
+    long_run, _ = fitted(name, "reference", reference(name, scratch), data, scratch, 0)
     wanted = long_run.predict(at)
-    common = {"dataset": name, "n_train": len(train), "chains": CHAINS}
+    common = {"dataset": name, "n_train": len(y_train), "chains": CHAINS}
     if (name, "long HMC") not in done:
-        write({**common, "method": "long HMC", "passes": "", **scores(long_run, x[test], y[test]), **blank()})
+        write({**common, "method": "long HMC", "passes": "", **scores(long_run, x, y), **blank()})
         parts = (slice(None, wanted.loc.shape[-1] // 2), slice(wanted.loc.shape[-1] // 2, None))
         halves = agreement(*(half(wanted, part) for part in parts), unit)
         write({**common, "method": "half against half", "passes": "", **halves})
-    for method, engine in contenders(name, len(train)).items():
+    for method, engine in contenders(name, len(y_train)).items():
         if (name, method) in done:
             continue
-        began = time.process_time()
-        posterior = engine.fit(x[train], y[train], seed=1)
-        seconds = time.process_time() - began
-        row = {**common, "method": method, "passes": SIZES[name]["passes"], **scores(posterior, x[test], y[test])}
+        posterior, seconds = fitted(name, method, engine, data, scratch, 1)
+        row = {**common, "method": method, "passes": SIZES[name]["passes"], **scores(posterior, x, y)}
         write({**row, **agreement(posterior.predict(at), wanted, unit), "cpu_seconds": f"{seconds:.0f}"})
 
 
@@ -193,12 +218,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--fit", nargs="+", help="only fit these methods, or `reference`, and keep them in --scratch")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("default")
     args.scratch.mkdir(parents=True, exist_ok=True)
     for name in args.datasets:
-        run(name, args.scratch)
+        if args.fit:
+            data = split_of(name)
+            engines = {"reference": reference(name, args.scratch), **contenders(name, len(data.train[0]))}
+            for method in args.fit:
+                fitted(name, method, engines[method], data, args.scratch, 0 if method == "reference" else 1)
+        else:
+            run(name, args.scratch)
 
 
 if __name__ == "__main__":

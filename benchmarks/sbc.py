@@ -2,7 +2,8 @@
 
 (i) `hierarchical`: eight groups, non-centred, with data simulated from the prior (11 quantities).
 (ii) `gp`: hyper-parameters and constant mean of a Gaussian process with 12 points.
-(iii) `bnn`: a network of eight tanh units with unknown noise, on 10 points.
+(iii) `bnn`: a network of eight tanh units with unknown noise, on 10 points; `bnn-collapsed`: the same, its output layer
+integrated out of the chains.
 
     python benchmarks/sbc.py [--models hierarchical gp bnn] [--samplers hmc nuts chees] [--replications 200]
 
@@ -86,26 +87,32 @@ def gp_problem(sampler: str) -> tuple[Any, Any]:
     return engine(sampler, model, LENGTHS[sampler]), ProcessPrior(model, x)
 
 
-def bnn_problem(sampler: str) -> tuple[Any, Any]:
+def bnn_problem(sampler: str, *, collapse: bool = False) -> tuple[Any, Any]:
     """`NUTS(bnn)` and its like, ranked by function values, noise and log likelihood."""
     model = bdl.BNN((8,), "tanh", likelihood=bdl.Gaussian(prior=LogNormal(-2.5, 0.8)))
     x = torch.linspace(-1.5, 1.5, 10, dtype=torch.float64).unsqueeze(-1)
     probes = torch.tensor([[-2.5], [-0.7], [0.1], [1.2], [2.5]], dtype=torch.float64)
-    return engine(sampler, model, NETWORK_LENGTHS[sampler]), NetworkPrior(model, x, probes)
+    return engine(sampler, model, NETWORK_LENGTHS[sampler], collapse=collapse), NetworkPrior(model, x, probes)
 
 
-def engine(sampler: str, model: Any, lengths: tuple[int, int, int]) -> Any:
+def collapsed_problem(sampler: str) -> tuple[Any, Any]:
+    """`NUTS(bnn, collapse=True)` and its like."""
+    return bnn_problem(sampler, collapse=True)
+
+
+def engine(sampler: str, model: Any, lengths: tuple[int, int, int], *, collapse: bool = False) -> Any:
     """An engine of the package with these numbers of chains, warm-up and draws."""
     num_chains, num_warmup, num_draws = lengths
     counts = {"num_chains": num_chains, "num_warmup": num_warmup, "num_draws": num_draws}
     kinds = {"hmc": bdl.HMC, "nuts": bdl.NUTS, "chees": bdl.ChEES}
-    return kinds[sampler](model, standardize=False, **counts, **STEPS[sampler])
+    return kinds[sampler](model, standardize=False, collapse=collapse, **counts, **STEPS[sampler])
 
 
 PROBLEMS: dict[str, Callable[[str], tuple[Any, Any]]] = {
     "hierarchical": hierarchical_problem,
     "gp": gp_problem,
     "bnn": bnn_problem,
+    "bnn-collapsed": collapsed_problem,
 }
 
 

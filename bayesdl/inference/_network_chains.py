@@ -15,6 +15,7 @@ from bayesdl.inference._evidence import gaussian_only
 from bayesdl.inference._fitting import NetworkProblem, network_problem, warn_unless
 from bayesdl.inference._gp_chains import sample_gp
 from bayesdl.models import BNN, GP
+from bayesdl.models.bnn import collapsible
 from bayesdl.posterior import DrawsPosterior, GPMixturePosterior
 from bayesdl.samplers._stuck import which_are_stuck
 from bayesdl.samplers.base import LogDensityFn, Run, summarize
@@ -38,6 +39,13 @@ def check_settings(engine: Any, metrics: tuple[str, ...], counts: tuple[str, ...
         fail(SettingError, where, wanted, got=_checks.describe(engine.model), fix=fix)
     if isinstance(engine.model, GP):
         gaussian_only(where, engine.model)
+    if engine.collapse:
+        why = "it is a GP, which has none" if isinstance(engine.model, GP) else collapsible(engine.model)
+        if why is not None:
+            wanted = (
+                "collapse=True integrates out the output layer of a network in closed form, and of this model cannot."
+            )
+            fail(SettingError, where, wanted, got=why, fix="collapse=False")
     for name in ("num_chains", "num_draws", "thin", "num_predictive", *counts):
         _checks.at_least(where, name, getattr(engine, name), 1, integer=True)
     _checks.at_least(where, "num_warmup", engine.num_warmup, 0, integer=True)
@@ -75,20 +83,26 @@ def sample_network(
         how = (engine.num_chains, engine.standardize, engine.num_predictive)
         return sample_gp(where, model, x, y, *how, seed, run_chains, report)
     problem = network_problem(where, model, x, y, standardize=engine.standardize)
-    start_seed, run_seed = child_seeds(seed, 2)
+    start_seed, run_seed, output_seed = child_seeds(seed, 3)
     starts = problem.starts(engine.num_chains, start_seed)
-    run = run_chains(problem.space.bind(problem.x, problem.y), starts, run_seed)
-    diagnostics = _diagnose(name, problem, run, longer)
+    if engine.collapse:
+        rest = problem.space.collapse(problem.x, problem.y)
+        run = run_chains(rest.bind(), rest.reduce(starts), run_seed)
+        run = run._replace(draws=rest.complete(run.draws, output_seed))
+    else:
+        run = run_chains(problem.space.bind(problem.x, problem.y), starts, run_seed)
+    diagnostics = _diagnose(name, problem, run, longer, collapsed=engine.collapse)
     _warn(where, diagnostics, run, longer)
     stats = {} if problem.data.batch_shape else run.stats
     return DrawsPosterior(model, problem.data, problem.units, diagnostics, draws=run.draws, stats=stats)
 
 
-def _diagnose(name: str, problem: NetworkProblem, run: Run, longer: Longer) -> dict[str, Any]:
+def _diagnose(name: str, problem: NetworkProblem, run: Run, longer: Longer, *, collapsed: bool) -> dict[str, Any]:
     return {
         "engine": name,
         "num_data": problem.data.x.shape[-2],
         "num_weights": problem.space.network.num_weights,
+        "collapsed": collapsed,
         **_convergence(run, problem.probe_values(run.draws), longer),
     }
 

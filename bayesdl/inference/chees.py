@@ -41,6 +41,9 @@ class ChEES:
         max_gradients: A budget of gradients for each chain, warm-up included; the run ends when it is spent.
         chain_batch: How many chains to evaluate at a time, which bounds the memory; None for all.
         compile: Whether value and gradient go through torch.compile.
+        collapse: Whether the output layer of a network is integrated out of the chains in closed form, and drawn from
+            its law afterwards: the same posterior, at longer steps. For a Gaussian likelihood and a `Normal` prior; the
+            log density of the chains is then that of the remaining coordinates.
     """
 
     model: BNN | GP
@@ -58,6 +61,7 @@ class ChEES:
     max_gradients: float | None = None
     chain_batch: int | None = None
     compile: bool = False
+    collapse: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self, ("auto", "diagonal", "dense", "low-rank", "identity"), ("max_steps",))

@@ -48,6 +48,9 @@ class MCLMC:
         max_gradients: Gradients per chain after which the run ends, with the draws that it has.
         chain_batch: Chains whose log density is evaluated at a time, which bounds the memory; all for None.
         compile: Send value and gradient through torch.compile.
+        collapse: Whether the output layer of a network is integrated out of the chains in closed form, and drawn from
+            its law afterwards: the same posterior, at longer steps. For a Gaussian likelihood and a `Normal` prior; the
+            log density of the chains is then that of the remaining coordinates.
     """
 
     model: BNN | GP
@@ -64,6 +67,7 @@ class MCLMC:
     max_gradients: float | None = None
     chain_batch: int | None = None
     compile: bool = False
+    collapse: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self, ("diagonal", "dense", "identity"), ())

@@ -34,6 +34,20 @@ def supports(activation: str) -> bool:
     return activation in _BACKWARD
 
 
+def activate(h: Tensor, activation: str) -> Tensor:
+    """The activation, in place of its argument.
+
+    tanh h = 2 sigmoid(2 h) - 1, whose exponential is vectorised where torch's tanh takes several times as long: to
+    rounding of 1, which is what sums of activations can tell.
+    """
+    return torch.relu_(h) if activation == "relu" else h.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
+def slope_before(grad: Tensor, value: Tensor, activation: str) -> Tensor:
+    """The gradient before the activation, in place of the gradient after it."""
+    return _BACKWARD[activation](grad, value)
+
+
 class Workspace(threading.local):
     """Memory for the activations of a tile, kept between evaluations; each thread has its own."""
 
@@ -54,27 +68,55 @@ class FusedLogDensity:
     """log density (*g, C) of q (*g, C, D); `space` is a `WeightSpace` of an MLP, x (*g, n, d), y (*g, n, k)."""
 
     def __init__(self, space: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
-        self._settings = space, x, y, scale, Workspace()
+        self._space, self._x, self._y, self._scale = space, x, y, scale
+        self._num_weights = space.network.num_weights  # among q; what comes behind them are the likelihood's parameters
+        self._workspace = Workspace()
 
     def __call__(self, q: Tensor) -> Tensor:
         """The value, differentiable once."""
-        return _Differentiable.apply(q, *self._settings)
-
-    def value_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The value (*g, C) and its gradient (*g, C, D), without a graph."""
-        return _value_and_grad(q, *self._settings)
+        return _Differentiable.apply(q, self.value_and_grad)
 
     def traceable(self, q: Tensor) -> Tensor:
         """The value by ordinary operations, for torch.compile: writing in place is what it cannot follow."""
-        space, x, y, scale, _ = self._settings
-        return space.log_density(q, x, y, scale)
+        return self._space.log_density(q, self._x, self._y, self._scale)
+
+    def value_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The value (*g, C) and its gradient (*g, C, D), without a graph."""
+        space, scale, m, chains = self._space, self._scale, self._num_weights, q.shape[:-1].numel()
+        widths = space.scale[:m].to(q)
+        z, logs = q[..., :m], q[..., m:]
+        exps = logs.exp()
+        priors = space.likelihood.parameters()
+        params = {p.name: p.lower + exps[..., i * space.k : (i + 1) * space.k] for i, p in enumerate(priors)}
+        grad = torch.empty_like(q, memory_format=torch.contiguous_format)
+        flat = {name: v.reshape(chains, space.k) for name, v in params.items()}
+        data = _per_chain(self._x, q), _per_chain(self._y, q)
+        fit, slopes = self._fit((z * widths).reshape(chains, m), flat, data, grad.view(chains, -1))
+        of_weights = grad[..., :m]
+        torch.addcmul(space.prior.slope(z), of_weights, widths, value=scale, out=of_weights)
+        value = torch.add(space.prior.log_prob(z), fit.view(q.shape[:-1]), alpha=scale)
+        for i, p in enumerate(priors):
+            slope_of = scale * slopes[p.name].view(params[p.name].shape)
+            if p.prior is not None:
+                value = value + p.prior.log_prob(params[p.name]).sum(-1)
+                slope_of = slope_of + p.prior.slope(params[p.name])
+            at = slice(i * space.k, (i + 1) * space.k)
+            grad[..., m:][..., at] = slope_of * exps[..., at] + 1
+        return (value + logs.sum(-1) if priors else value), grad
+
+    def _fit(
+        self, weights: Tensor, params: dict[str, Tensor], data: tuple[Tensor, Tensor], grad: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log likelihood (C) of weights (C, m), and its slopes in the parameters; that in the weights goes into the
+        first m columns of `grad`."""
+        return _likelihood(self._space, weights, params, data, grad, self._workspace)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, space: Any, x: Tensor, y: Tensor, scale: float, workspace: Workspace) -> Tensor:
+    def forward(ctx: Any, q: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
         """Value, with the gradient kept for `backward`."""
-        value, grad = _value_and_grad(q, space, x, y, scale, workspace)
+        value, grad = evaluate(q)
         ctx.save_for_backward(grad)
         return value
 
@@ -83,32 +125,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradient."""
         (grad,) = ctx.saved_tensors
-        return grad_output.unsqueeze(-1) * grad, None, None, None, None, None
-
-
-def _value_and_grad(
-    q: Tensor, space: Any, x: Tensor, y: Tensor, scale: float, workspace: Workspace
-) -> tuple[Tensor, Tensor]:
-    m, chains, widths = space.network.num_weights, q.shape[:-1].numel(), space.scale.to(q)
-    z, logs = q[..., :m], q[..., m:]
-    exps = logs.exp()
-    priors = space.likelihood.parameters()
-    params = {p.name: p.lower + exps[..., i * space.k : (i + 1) * space.k] for i, p in enumerate(priors)}
-    grad = torch.empty_like(q, memory_format=torch.contiguous_format)
-    flat = {name: v.reshape(chains, space.k) for name, v in params.items()}
-    data = _per_chain(x, q), _per_chain(y, q)
-    fit, slopes = _likelihood(space, (z * widths).reshape(chains, m), flat, data, grad.view(chains, -1), workspace)
-    of_weights = grad[..., :m]
-    torch.addcmul(space.prior.slope(z), of_weights, widths, value=scale, out=of_weights)
-    value = torch.add(space.prior.log_prob(z), fit.view(q.shape[:-1]), alpha=scale)
-    for i, p in enumerate(priors):
-        slope_of = scale * slopes[p.name].view(params[p.name].shape)
-        if p.prior is not None:
-            value = value + p.prior.log_prob(params[p.name]).sum(-1)
-            slope_of = slope_of + p.prior.slope(params[p.name])
-        at = slice(i * space.k, (i + 1) * space.k)
-        grad[..., m:][..., at] = slope_of * exps[..., at] + 1
-    return (value + logs.sum(-1) if priors else value), grad
+        return grad_output.unsqueeze(-1) * grad, None
 
 
 def _per_chain(data: Tensor, q: Tensor) -> Tensor:
@@ -129,17 +146,17 @@ def _likelihood(
     """Log likelihood (C) and its slopes in the parameters; the gradient in the weights goes into `grad` (C, D)."""
     (x, y), shapes = data, space.network.shapes
     chains, n, width = weights.shape[0], x.shape[-2], sum(b for _, b in shapes)
-    num_rows, num_chains = _tile_size(chains, n, width, x)
+    num_rows, num_chains = tile_size(chains, n, width, x)
 
     def tile(some: slice, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         mine = params if some.stop - some.start == chains else {name: v[some] for name, v in params.items()}
         inputs, targets = x[some, rows], y[some, rows]
-        layers, by_layer = _unpack(weights[some], shapes), _unpack(grad[some], shapes)
+        layers, by_layer = unpack(weights[some], shapes), unpack(grad[some], shapes)
         held = workspace.take([(*inputs.shape[:2], b) for _ in range(2) for _, b in shapes], inputs)
-        values = _forward(layers, inputs, space.network.activation, held[: len(shapes)])
+        values = forward(layers, inputs, space.network.activation, held[: len(shapes)])
         value, slope, slope_of = space.likelihood.value_and_slope(values[-1], targets, mine)
         fresh = rows.start == 0
-        _backward(layers, values, slope, space.network.activation, by_layer, held[len(shapes) :], fresh=fresh)
+        backward(layers, values, slope, space.network.activation, by_layer, held[len(shapes) :], fresh=fresh)
         return value, slope_of
 
     if num_rows >= n and num_chains >= chains:
@@ -155,7 +172,7 @@ def _likelihood(
     return fit, slopes
 
 
-def _tile_size(chains: int, n: int, width: int, like: Tensor) -> tuple[int, int]:
+def tile_size(chains: int, n: int, width: int, like: Tensor) -> tuple[int, int]:
     """Rows and chains that are worked on together."""
     if like.device.type != "cpu":
         return n, chains
@@ -163,7 +180,7 @@ def _tile_size(chains: int, n: int, width: int, like: Tensor) -> tuple[int, int]
     return rows, max(1, min(chains, _TILE // (rows * width)))
 
 
-def _unpack(weights: Tensor, shapes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+def unpack(weights: Tensor, shapes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
     """Views: matrices (C, a, b) and biases (C, 1, b)."""
     sizes = [size for a, b in shapes for size in (a * b, b)]
     pieces = weights[:, : sum(sizes)].split(sizes, -1)
@@ -172,17 +189,16 @@ def _unpack(weights: Tensor, shapes: list[tuple[int, int]]) -> list[tuple[Tensor
     ]
 
 
-def _forward(layers: list[tuple[Tensor, Tensor]], x: Tensor, activation: str, out: list[Tensor]) -> list[Tensor]:
+def forward(layers: list[tuple[Tensor, Tensor]], x: Tensor, activation: str, out: list[Tensor]) -> list[Tensor]:
     """The input, every hidden layer's values, and the output."""
-    apply = torch.tanh_ if activation == "tanh" else torch.relu_
     values = [x]
     for i, (matrix, bias) in enumerate(layers):
         h = torch.baddbmm(bias, values[-1], matrix, out=out[i])
-        values.append(apply(h) if i < len(layers) - 1 else h)
+        values.append(activate(h, activation) if i < len(layers) - 1 else h)
     return values
 
 
-def _backward(
+def backward(
     layers: list[tuple[Tensor, Tensor]],
     values: list[Tensor],
     slope: Tensor,
@@ -199,4 +215,4 @@ def _backward(
         bias.copy_(slope.sum(-2, keepdim=True)) if fresh else bias.add_(slope.sum(-2, keepdim=True))
         matrix.baddbmm_(values[i].mT, slope, beta=0.0 if fresh else 1.0)
         if i > 0:
-            slope = _BACKWARD[activation](torch.bmm(slope, layers[i][0].mT, out=out[i - 1]), values[i])
+            slope = slope_before(torch.bmm(slope, layers[i][0].mT, out=out[i - 1]), values[i], activation)

@@ -63,17 +63,20 @@ class MLP:
 
     def forward(self, weights: Tensor, x: Tensor) -> Tensor:
         """Weights (*g, C, D) at x (*g, n, d) -> (*g, C, n, outputs)."""
-        head = weights.shape[:-1]
-        h, at = x.unsqueeze(-3), 0
-        for layer, (fan_in, width) in enumerate(self.shapes):
-            matrix = weights[..., at : at + fan_in * width].reshape(*head, fan_in, width)
-            at += fan_in * width
-            bias = weights[..., at : at + width].unsqueeze(-2)
-            at += width
-            h = h @ matrix + bias
-            if layer < len(self.shapes) - 1:
-                h = ACTIVATIONS[self.activation](h)
+        return self._layer(weights, len(self.shapes) - 1, self.features(weights, x))
+
+    def features(self, weights: Tensor, x: Tensor) -> Tensor:
+        """The last hidden layer, (*g, C, n, width), or x as (*g, 1, n, d); reads no weights of the output layer."""
+        h = x.unsqueeze(-3)
+        for layer in range(len(self.shapes) - 1):
+            h = ACTIVATIONS[self.activation](self._layer(weights, layer, h))
         return h
+
+    def _layer(self, weights: Tensor, layer: int, h: Tensor) -> Tensor:
+        fan_in, width = self.shapes[layer]
+        at = sum((a + 1) * b for a, b in self.shapes[:layer])
+        matrix = weights[..., at : at + fan_in * width].reshape(*weights.shape[:-1], fan_in, width)
+        return h @ matrix + weights[..., at + fan_in * width : at + (fan_in + 1) * width].unsqueeze(-2)
 
 
 class ModuleNetwork:

@@ -20,6 +20,7 @@ from bayesdl import _checks
 from bayesdl.errors import SettingError, fail
 from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian
 from bayesdl.models import _fused
+from bayesdl.models._collapsed import CollapsedSpace
 from bayesdl.models._networks import ACTIVATIONS, MLP, ModuleNetwork, Network
 from bayesdl.priors import Normal, WeightPrior
 
@@ -79,6 +80,15 @@ class BNN:
         return f.squeeze(-1) if f.shape[-1] == 1 else f
 
 
+def collapsible(model: BNN) -> str | None:
+    """Why the output layer of a network cannot be integrated out in closed form, in words; None where it can."""
+    if not isinstance(model.likelihood, Gaussian):
+        return f"its likelihood is {type(model.likelihood).__name__}, not Gaussian"
+    if type(model.prior) is not Normal:
+        return f"its prior is {type(model.prior).__name__}, not Normal"
+    return "it is a module of your own, whose output layer is not known" if model.module is not None else None
+
+
 @dataclass(frozen=True)
 class WeightSpace:
     """The flat coordinates q (..., D) of a network's weights and its likelihood's parameters."""
@@ -99,11 +109,14 @@ class WeightSpace:
         """Weights (..., num_weights), likelihood parameters by name (..., k), and their logs u (..., k * count)."""
         m = self.network.num_weights
         logs = q[..., m:]
-        params = {
+        return torch.addcmul(self.centre.to(q), self.scale.to(q), q[..., :m]), self.positive(logs), logs
+
+    def positive(self, logs: Tensor) -> dict[str, Tensor]:
+        """Likelihood parameters by name (..., k) from their logs (..., k * count)."""
+        return {
             p.name: p.lower + logs[..., i * self.k : (i + 1) * self.k].exp()
             for i, p in enumerate(self.likelihood.parameters())
         }
-        return torch.addcmul(self.centre.to(q), self.scale.to(q), q[..., :m]), params, logs
 
     def forward(self, q: Tensor, x: Tensor) -> Tensor:
         """f at x: q (*g, C, D), x (*g, n, d) -> (*g, C, n, outputs)."""
@@ -116,7 +129,7 @@ class WeightSpace:
         """
         weights, params, logs = self.split(q)
         log_likelihood = self.likelihood.log_prob(self.network.forward(weights, x), y.unsqueeze(-3), params)
-        return self._log_prior(q, params, logs) + scale * log_likelihood
+        return self.log_prior(q[..., : self.network.num_weights], params, logs) + scale * log_likelihood
 
     def bind(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
         """`log_density` at fixed data, for samplers and optimisers: fused where possible, then once differentiable."""
@@ -124,8 +137,14 @@ class WeightSpace:
             return _fused.FusedLogDensity(self, x, y, scale)
         return lambda q: self.log_density(q, x, y, scale)
 
-    def _log_prior(self, q: Tensor, params: dict[str, Tensor], logs: Tensor) -> Tensor:
-        total = self.prior.log_prob(q[..., : self.network.num_weights]) + logs.sum(-1)
+    def collapse(self, x: Tensor, y: Tensor) -> CollapsedSpace:
+        """The coordinates that are left where the output layer is integrated out, for a network that
+        `collapsible` has nothing against."""
+        return CollapsedSpace(self, x, y)
+
+    def log_prior(self, z: Tensor, params: dict[str, Tensor], logs: Tensor) -> Tensor:
+        """Log prior of standardised weights z (..., *), all or some, and of the likelihood's parameters: (...)."""
+        total = self.prior.log_prob(z) + logs.sum(-1)
         for p in self.likelihood.parameters():
             if p.prior is not None:
                 total = total + p.prior.log_prob(params[p.name]).sum(-1)
