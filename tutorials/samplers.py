@@ -242,6 +242,8 @@ for name, width in widths.items():
 # %% [markdown]
 # ## Weights of a network
 # The same names are engines for networks. Chains are judged on function values, since weights are not identified.
+# `collapse=True` integrates the output layer out of the chains and draws it from its exact law afterwards: the same
+# posterior, longer steps.
 # Where all of the data in every step is too much, three samplers go by minibatches. They never reject a step, so what
 # they give is biased, and a short run like this one is also not mixed: the last column says how wide their belief about
 # f is at the data, against HMC's.
@@ -251,6 +253,7 @@ data = bdl.datasets.noisy_sine_with_gap(n=60, noise_scale=0.2, seed=2)
 bnn = bdl.BNN(hidden=(6,), activation="tanh", prior=bdl.priors.Normal(scale=3.0))
 engines = [
     ("HMC", bdl.HMC(bnn, num_chains=8, num_warmup=3 * L, num_draws=3 * L, num_steps=LONGEST)),
+    ("HMC, collapsed", bdl.HMC(bnn, 8, num_warmup=3 * L, num_draws=3 * L, num_steps=LONGEST, collapse=True)),
     ("NUTS", bdl.NUTS(bnn, num_chains=8, num_warmup=L, num_draws=L, max_depth=DEPTH)),
     ("ChEES", bdl.ChEES(bnn, num_chains=16, num_warmup=L, num_draws=L, max_steps=LONGEST)),
     ("MAMS", bdl.MAMS(bnn, num_chains=16, num_warmup=L, num_draws=L, max_steps=LONGEST)),

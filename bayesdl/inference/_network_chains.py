@@ -46,6 +46,9 @@ def check_settings(engine: Any, metrics: tuple[str, ...], counts: tuple[str, ...
                 "collapse=True integrates out the output layer of a network in closed form, and of this model cannot."
             )
             fail(SettingError, where, wanted, got=why, fix="collapse=False")
+        if engine.compile:
+            wanted = "collapse=True factors matrices, which no compiled loop can hold."
+            fail(SettingError, where, wanted, got="compile=True", fix="compile=False: its gradient has a closed form")
     for name in ("num_chains", "num_draws", "thin", "num_predictive", *counts):
         _checks.at_least(where, name, getattr(engine, name), 1, integer=True)
     _checks.at_least(where, "num_warmup", engine.num_warmup, 0, integer=True)

@@ -156,7 +156,7 @@ class _FusedCollapsed(_fused.FusedLogDensity):
         self._collapsed = collapsed
 
     def traceable(self, q: Tensor) -> Tensor:
-        """The value by ordinary operations, for torch.compile."""
+        """The value by ordinary operations."""
         return self._collapsed.log_density(q)
 
     def _fit(

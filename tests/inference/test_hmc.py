@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,10 @@ def small(model: bdl.BNN) -> bdl.HMC:
 )
 def test_obeys_the_contract(model):
     check_engine(small(model))
+
+
+def test_obeys_the_contract_without_its_output_layer():
+    check_engine(replace(small(bdl.BNN(hidden=(8,))), collapse=True))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -245,3 +245,8 @@ def test_draws_resume_where_a_run_stopped(tmp_path):
 def test_a_model_whose_output_layer_has_no_closed_form_is_refused(engine, model, why):
     with pytest.raises(SettingError, match=f"collapse=True(.|\n)*{why}"):
         engine(model, collapse=True)
+
+
+def test_compilation_is_refused_at_the_door():
+    with pytest.raises(SettingError, match="compile=True"):
+        bdl.HMC(BNN((4,)), collapse=True, compile=True)
