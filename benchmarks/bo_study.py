@@ -217,7 +217,7 @@ def search(args: argparse.Namespace) -> None:
 
 def main() -> None:
     from bo_study_methods import METHODS
-    from bo_study_summary import summarise
+    from bo_study_summary import markdown, summarise
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(required=True)
@@ -236,7 +236,10 @@ def main() -> None:
     shows = verbs.add_parser("summary", help="tables and pictures")
     shows.add_argument("--images", type=Path, default=Path(__file__).parents[1] / "docs" / "images")
     shows.set_defaults(work=lambda args: summarise(read(args.out), args.images))
-    for verb in (runs, shows):
+    tables = verbs.add_parser("table", help="problems with enough seeds, as Markdown")
+    tables.add_argument("--least", type=int, default=10, help="seeds that a problem must have")
+    tables.set_defaults(work=lambda args: print(markdown(read(args.out), args.least)))
+    for verb in (runs, shows, tables):
         verb.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.work(args)

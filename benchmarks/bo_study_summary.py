@@ -116,6 +116,31 @@ def _say(table: pd.DataFrame, found: pd.DataFrame) -> None:
         print(pd.DataFrame(_pairs(table, "botorch", order)).to_string(index=False))
 
 
+def markdown(rows: list[dict[str, str]], least: int) -> str:
+    """A table for the docs: median best value, and in brackets the mean rank, on problems with `least` seeds or more.
+
+    Behind it the median CPU seconds of a proposal over those problems.
+    """
+    table = _ranked(_table(rows))
+    seeds = table[table["method"] == "gp"].groupby("problem")["seed"].nunique()
+    problems = [name for name in dict.fromkeys(table["problem"]) if seeds.get(name, 0) >= least]
+    table = table[table["problem"].isin(problems) & table["rank"].notna()]
+    pieces = table.groupby(["problem", "method"])
+    best, rank = pieces["best"].median().unstack(0), pieces["rank"].mean().unstack(0)
+    seconds = pieces["cpu_proposal"].median().groupby("method").median()
+    lines = ["| method | " + " | ".join(f"`{name}`" for name in problems) + " | mean rank | CPU s |"]
+    lines.append("|---" * (len(problems) + 3) + "|")
+    everywhere = rank.reindex(columns=problems).dropna().mean(axis=1)
+    for name in sorted(best.index, key=lambda name: (everywhere.get(name, math.inf), name)):
+        cells = [
+            "" if math.isnan(best.loc[name, at]) else f"{best.loc[name, at]:.4g} ({rank.loc[name, at]:.1f})"
+            for at in problems
+        ]
+        overall = f"{everywhere[name]:.2f}" if name in everywhere else ""
+        lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {overall} | {seconds[name]:.3f} |")
+    return "\n".join(lines)
+
+
 def _pairs(table: pd.DataFrame, peer: str, order: list[str]) -> list[dict[str, Any]]:
     """Each method against `peer` on the same problems and seeds; intervals by a paired bootstrap over those pairs."""
     wide = table.pivot_table(index=["problem", "seed"], columns="method", values="loss", aggfunc="first")
