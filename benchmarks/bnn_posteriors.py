@@ -53,7 +53,7 @@ TEST_INPUTS, MEMBERS = 500, 800
 SIZES = {
     "concrete": {"num_steps": 400, "num_warmup": 120, "num_draws": 250, "passes": 6000},
     "kin8nm:1000": {"num_steps": 400, "num_warmup": 150, "num_draws": 400, "passes": 6000},
-    "kin8nm": {"num_steps": 128, "num_warmup": 200, "num_draws": 1500, "passes": 2000, "collapse": True},
+    "kin8nm": {"num_steps": 128, "num_warmup": 200, "num_draws": 1950, "passes": 2000, "collapse": True},
 }
 
 
