@@ -8,6 +8,7 @@ r"""Gaussian conditioning on noisy values: one Cholesky factor, kept in the open
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,16 @@ class GPState(NamedTuple):
     chol: Tensor
     alpha: Tensor
     jitter: Tensor
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str = "") -> GPState:
+        """A state that was kept, from its tensors by `prefix` and name.
+
+        Its factor is laid out by columns, as a fresh one is: read row by row, some processors would solve with it with
+        other roundings.
+        """
+        kept = {name: tensors[prefix + name] for name in cls._fields}
+        return cls(**kept | {"chol": kept["chol"].mT.contiguous().mT})
 
 
 def condition(

@@ -180,7 +180,7 @@ class GPPosterior(Posterior):
     @classmethod
     def _from_parts(cls, shared: dict[str, Any], record: dict[str, Any], tensors: dict[str, Tensor]) -> GPPosterior:
         values = {name.removeprefix("value."): v for name, v in tensors.items() if name.startswith("value.")}
-        state = ops.GPState(**{name: tensors[f"state.{name}"] for name in ops.GPState._fields})
+        state = ops.GPState.from_tensors(tensors, "state.")
         return cls(**shared, values=values, constant=tensors["constant"], state=state)
 
     def _arviz_groups(self) -> dict[str, Any]:

@@ -225,7 +225,7 @@ class GradientGPPosterior(Posterior):
         cls, shared: dict[str, Any], record: dict[str, Any], tensors: dict[str, Tensor]
     ) -> GradientGPPosterior:
         values = {name.removeprefix("value."): v for name, v in tensors.items() if name.startswith("value.")}
-        state = ops.GPState(**{name: tensors[f"state.{name}"] for name in ops.GPState._fields})
+        state = ops.GPState.from_tensors(tensors, "state.")
         return cls(**shared, values=values, constant=tensors["constant"], state=state, places=tensors["places"])
 
     def _arviz_groups(self) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def test_convergence_is_judged_on_the_quantities_of_interest():
     """Two modes that no chain crosses: the position has not converged, its square has."""
 
     def two_modes(q):
-        return -8 * (q.square().sum(-1) - 4) ** 2 / 16
+        return -2 * (q.square().sum(-1) - 4) ** 2
 
     start = torch.tensor([[2.0], [-2.0], [2.0], [-2.0]])
     settings = {"initial": start, "num_warmup": 100, "num_draws": 100, "num_steps": 6, "seed": 1}
