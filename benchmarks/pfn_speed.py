@@ -1,10 +1,11 @@
 """The network `gp` beside fits of Gaussian processes: CPU seconds for many data sets, in one run on one thread.
 
 - `datasets`: 1000 data sets of 50 points and 3 inputs, mean and variance at 100 places each, by the network (reading
-  the context and predicting), by `ExactGP` with all data sets in one batch, by BoTorch's `SingleTaskGP` fitted and
-  asked one after another, and by NUTS over the hyper-parameters, ours in batches and Pyro's one after another (100
-  transitions of warm-up and 100 draws, one chain, predictions mixed over 50 draws). BoTorch takes the first 200 of the
-  data sets, NUTS 40 (ours) and 3 (Pyro), and their times are scaled up: the column `measured` says so.
+  the context and predicting; with products in float32, and in bfloat16), by `ExactGP` with all data sets in one batch,
+  by BoTorch's `SingleTaskGP` fitted and asked one after another, and by NUTS over the hyper-parameters, ours in batches
+  and Pyro's one after another (100 transitions of warm-up and 100 draws, one chain, predictions mixed over 50 draws).
+  BoTorch takes the first 200 of the data sets, NUTS 40 (ours) and 3 (Pyro), and their times are scaled up: the column
+  `measured` says so.
 - `query`: one query of a network that has read 100 points, and 1000 queries.
 - `dense`: a forward pass of 100 points and 1000 queries, and the same in one sequence under a dense mask.
 
@@ -24,6 +25,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import argparse
 import csv
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -150,6 +152,7 @@ def dataset_rows(engine: Any) -> list[dict[str, Any]]:
     model = bdl.GP(kernel, mean="zero", likelihood=bdl.Gaussian(prior=prior.noise_variance, lower=0.0))
     sides: list[tuple[str, int, Score]] = [
         ("network", NUM_DATASETS, by_network(engine)),
+        ("network, bfloat16", NUM_DATASETS, by_network(dataclasses.replace(engine, precision="bfloat16"))),
         ("exact gp", NUM_DATASETS, by_exact_gp(model)),
         ("botorch", 200, by_botorch),
         ("nuts", 40, by_nuts(model)),
@@ -161,7 +164,7 @@ def dataset_rows(engine: Any) -> list[dict[str, Any]]:
         parts = (x[:num, :NUM_POINTS], y[:num, :NUM_POINTS], x[:num, NUM_POINTS:], y[:num, NUM_POINTS:])
         score(*(part[:2] for part in parts))  # what a first call loads
         seconds = []
-        for _ in range(3 if name == "network" else 1):
+        for _ in range(3 if name.startswith("network") else 1):
             began = time.process_time()
             scores = score(*parts)
             seconds.append(time.process_time() - began)

@@ -8,6 +8,7 @@ again with both permuted, and the predictive is the equal mixture of its answers
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -29,6 +30,7 @@ from bayesdl.errors import SettingError, StorageError, fail
 
 _CHUNK = 2**22  # numbers of the widest activation at once on a CPU: 32 MB in float64
 _GPU_CHUNK = 2**26
+_DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 class Readings(NamedTuple):
@@ -113,13 +115,18 @@ class Reader:
         dtype: In which it computes.
         device: Where.
         conditions: The conditions beyond the noise token, which describe the prior; empty for zeros.
+
+    With dtype bfloat16 products inside the network, and the keys and values that it keeps, are in bfloat16; its
+    weights, the sums between its layers and all that is read from its answer are in float32.
     """
 
     def __init__(
         self, pretrained: Pretrained, dtype: torch.dtype, device: torch.device, conditions: tuple[float, ...] = ()
     ) -> None:
         self.pretrained, self.conditions = pretrained, conditions
-        self.dtype, self.device = dtype, device
+        self._narrow = dtype == torch.bfloat16
+        self.dtype = dtype = torch.float32 if self._narrow else dtype
+        self.device = device
         cast = _cast(pretrained, dtype, device)
         self._network = cast.network
         self._bars = None if cast.borders is None else Bars(cast.borders.to(torch.float64))
@@ -162,14 +169,17 @@ class Reader:
         for part in _split(x.shape[0], self._rows_at_once(x.shape[1], readings.columns.shape[0])):
             inputs, targets = self._readings_of(x[part], y[part], readings, None if codes is None else codes[part])
             conditions = self._conditions(inputs.shape[0], False) if self._extra else None
-            parts.append(self._network.encode(inputs, targets, conditions))
+            with self._products():
+                parts.append(self._network.encode(inputs, targets, conditions))
         return Context(_join(parts), readings, codes, seen)
 
     @torch.no_grad()
     def append(self, context: Context, x: Tensor, y: Tensor, *, noiseless: bool = False) -> Context:
         """Add x (R t d) and y (R t) behind the contexts; see `Network.append`. Labels must have been seen."""
         inputs, targets = self._readings_of(x, y, context.readings, context.codes)
-        return context._replace(cache=self._network.append(context.cache, inputs, targets, noiseless=noiseless))
+        with self._products():
+            cache = self._network.append(context.cache, inputs, targets, noiseless=noiseless)
+        return context._replace(cache=cache)
 
     def ask(self, context: Context, x: Tensor, *, noiseless: bool = False) -> Distribution:
         """The predictive at x (R s d), with batch shape (R, s); gradients in x.
@@ -213,7 +223,7 @@ class Reader:
         if self.pretrained.borders is not None:
             tensors["network_borders"] = self.pretrained.borders
         record = {"architecture": dataclasses.asdict(network.architecture), "card": dict(self.card)}
-        precision = str(self.dtype).removeprefix("torch.")
+        precision = "bfloat16" if self._narrow else str(self.dtype).removeprefix("torch.")
         return tensors, {**record, "conditions": list(self.conditions), "precision": precision}
 
     @classmethod
@@ -231,7 +241,7 @@ class Reader:
         except SettingError as error:
             wanted = "the network in the file must fit its card."
             fail(StorageError, "bdl.load", wanted, got=str(error).splitlines()[0], fix="save the posterior again")
-        dtype = torch.float64 if record["precision"] == "float64" else torch.float32
+        dtype = _DTYPES.get(record["precision"], torch.float32)
         return cls(pretrained, dtype, device, tuple(record["conditions"]))
 
     def _code(self, y: Tensor, readings: Readings) -> tuple[Tensor, Tensor]:
@@ -256,6 +266,12 @@ class Reader:
             return x
         return x[..., readings.columns].permute(0, 2, 1, 3).flatten(0, 1)
 
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a call of the network: products in the narrow type, where it is wanted."""
+        if self._narrow:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
     def _conditions(self, rows: int, noiseless: bool) -> Tensor | None:
         if not self._architecture.num_conditions or not (noiseless or self.conditions):
             return None
@@ -275,7 +291,9 @@ class Reader:
             columns = []
             for some in points.split(across, 1) if points.shape[1] else [points]:
                 inputs = self._permuted(some, context.readings)
-                raw = self._network.query(rows.cache, inputs, self._conditions(inputs.shape[0], noiseless))
+                with self._products():
+                    raw = self._network.query(rows.cache, inputs, self._conditions(inputs.shape[0], noiseless))
+                raw = raw.to(self.dtype)
                 columns.append(function(self._parameters(rows, raw.unflatten(0, (-1, p)))))
             blocks.append(tuple(torch.cat(c, 1) if len(c) > 1 else c[0] for c in zip(*columns, strict=True)))
         return tuple(torch.cat(b) if len(b) > 1 else b[0] for b in zip(*blocks, strict=True))

@@ -118,6 +118,31 @@ def test_single_precision_is_close_to_double():
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_products_in_bfloat16_are_close_to_single_precision(head, tmp_path):
+    """To the 8 bits of its products: answers, slopes, a context with new points, a file of it. Answers keep the data's
+    dtype, keys and values take half the memory."""
+    x, y = data(classes=3 if head == "classes" else 0)
+    network = toy_network(head)
+    wide, narrow = (bdl.PFN(network, precision=p, update="append").fit(x, y) for p in ("float32", "bfloat16"))
+    assert narrow._context.cache.keys[0].dtype == torch.bfloat16
+    more = (x[:3] + 0.1, y[:3])
+    for one, other in ((wide, narrow), (wide.condition_on(*more), narrow.condition_on(*more))):
+        places = [X_NEW.clone().requires_grad_(True) for _ in range(2)]
+        laws = [posterior.predict(at) for posterior, at in zip((one, other), places, strict=True)]
+        values = [law.probs[..., 1] if head == "classes" else law.mean for law in laws]
+        assert values[1].dtype == torch.float64
+        spread = 1.0 if head == "classes" else float(laws[0].variance.detach().sqrt().mean())
+        assert float((values[0] - values[1]).detach().abs().max()) < 0.05 * spread
+        assert not torch.equal(*values)
+        for value in values:
+            value.sum().backward()
+        assert float((places[0].grad - places[1].grad).abs().max()) < 0.15 * float(places[0].grad.abs().max())
+    narrow.save(tmp_path / "narrow.bdl")
+    again = bdl.load(tmp_path / "narrow.bdl")
+    assert torch.equal(again.sample(X_NEW, (2,), seed=1), narrow.sample(X_NEW, (2,), seed=1))
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_blocks_of_work_do_not_show(head, monkeypatch):
     """Data sets, outputs, queries and draws one at a time give what all at once give."""
     classes = 3 if head == "classes" else 0
