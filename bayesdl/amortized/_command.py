@@ -29,6 +29,7 @@ _OPTIONS = (
     ("--n-max", "schedule", "n_max", int, "the largest context"),
     ("--queries", "schedule", "num_queries", int, "queries a task"),
     ("--targets", "schedule", "targets", str, "drawn, or expected where the prior knows their law (default: drawn)"),
+    ("--optimizer", "schedule", "optimizer", str, "adamw or muon (default: adamw)"),
     ("--learning-rate", "schedule", "learning_rate", float, "its peak"),
     ("--accumulate", "schedule", "accumulate", int, "batches whose gradients are averaged before a step"),
     ("--max-inputs", "architecture", "max_inputs", int, "the largest number of input columns (default: 1)"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bayesdl import _storage
+from bayesdl.amortized._optimizer import optimizer_of
 from bayesdl.amortized.network import Network
 from bayesdl.amortized.schedule import Schedule
 from bayesdl.errors import SettingError, StorageError, fail
@@ -46,11 +47,7 @@ class Run:
 
 def new(network: Network, schedule: Schedule) -> Run:
     """A run of no steps."""
-    device = network.first.device
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=schedule.learning_rate, betas=schedule.betas, weight_decay=schedule.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )  # fmt: skip
+    optimizer = optimizer_of(network, schedule)
     average = None
     if schedule.average is not None:
         average = {name: weight.clone() for name, weight in network.state_dict().items()}
@@ -60,8 +57,9 @@ def new(network: Network, schedule: Schedule) -> Run:
 def settings_of(schedule: Schedule, **others: Any) -> dict[str, Any]:
     """What makes this run what it is, as JSON."""
     fields = dataclasses.asdict(schedule)
-    if fields["targets"] == "drawn":  # runs from before there was a choice say nothing
-        del fields["targets"]
+    for name, only in (("targets", "drawn"), ("optimizer", "adamw")):  # runs from before there was a choice say nothing
+        if fields[name] == only:
+            del fields[name]
     return {key: list(v) if isinstance(v, tuple) else v for key, v in {**fields, **others}.items() if key not in _FREE}
 
 

@@ -14,7 +14,7 @@ class Schedule:
     r"""Settings of a training run.
 
     A step draws `batch` tasks of n context points and `num_queries` queries, with one n and one d for all of them, and
-    takes one step of AdamW on the mean of -log q(y | x, context) over the queries.
+    takes one step of the optimiser on the mean of -log q(y | x, context) over the queries.
 
     The learning rate rises linearly over `warmup_share` of the run. Then, with decay="cosine", it falls to 0 along half
     a cosine. With decay="linear" it stays where it is, and falls linearly to 0 over the last `decay_share` of the run;
@@ -34,12 +34,15 @@ class Schedule:
             are the last to become good; or "uniform".
         even_work: Draw more tasks a step where n is small, so that every step has about the same number of points (up
             to 8 times `batch`): steadier gradients at small n for the same time.
+        optimizer: "adamw"; or "muon", which makes the steps of all matrices inside the blocks nearly orthogonal and
+            leaves the rest to AdamW: from scratch it needs fewer steps, each of which costs a sixth more
+            (`benchmarks/pfn_optimizers.py`). Its learning rate is some two to six times that of AdamW.
         learning_rate: Its peak.
         warmup_share: Share of the run over which it rises.
         decay: "cosine" or "linear".
         decay_share: Share of the run over which it falls, for "linear".
-        weight_decay: Of AdamW.
-        betas: Of AdamW.
+        weight_decay: Of the optimiser.
+        betas: Of AdamW, and of its part beside Muon.
         clip: Largest norm of a gradient; longer ones are shortened.
         accumulate: Gradients, each of a fresh batch, averaged before a step.
         average: None, or the decay a step (0.999, say) of the moving average of weights that is returned and evaluated.
@@ -66,6 +69,7 @@ class Schedule:
     rows: int | None = None
     context: str = "log-uniform"
     even_work: bool = False
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup_share: float = 0.05
     decay: str = "cosine"
@@ -95,6 +99,7 @@ class Schedule:
             got = f"warmup_share={self.warmup_share}, decay_share={self.decay_share}"
             fail(SettingError, "Schedule", "shares of one run add up to at most 1.", got=got, fix="warmup_share=0.05")
         _checks.choice("Schedule", "context", self.context, ("log-uniform", "uniform"))
+        _checks.choice("Schedule", "optimizer", self.optimizer, ("adamw", "muon"))
         _checks.choice("Schedule", "decay", self.decay, ("cosine", "linear"))
         _checks.choice("Schedule", "targets", self.targets, ("drawn", "expected"))
         for name, value in (("average", self.average), *(("betas", beta) for beta in self.betas)):

@@ -49,7 +49,7 @@ _FACTORY = (
 _SEVERAL = {"qEI": "qEHVI", "qLogEI": "qLogEHVI", "qNEI": "qNEHVI", "qLogNEI": "qLogNEHVI"}
 _LOGARITHMIC = ("qLogNEI", "qLogEI", "qLogPF")
 _IMPROVEMENTS = frozenset((*_SEVERAL, *_SEVERAL.values()))
-_MOST_HYPERVOLUME = 4  # objectives; above, the partitioning grows out of hand and random scalarisations take over
+MOST_HYPERVOLUME = 4  # objectives; above, the partitioning grows out of hand and random scalarisations take over
 _MOST_LISTED = 2048  # points of a finite space that are scored one by one
 _MOST_SLICES = 12  # combinations of discrete values that get a continuous search each
 _POINTS_AT_ONCE = 512  # scored together as starting points, each of which stands for every draw of an environment
@@ -228,7 +228,7 @@ def acquisition_name(asked: str, record: Record) -> str:
     m = record.y.shape[-1]
     name = "qLogNEI" if asked == "auto" else asked
     if m > 1 and name in _SEVERAL:
-        name = _SEVERAL[name] if m <= _MOST_HYPERVOLUME else "qLogNParEGO"
+        name = _SEVERAL[name] if m <= MOST_HYPERVOLUME else "qLogNParEGO"
     nothing_feasible = record.constraints.shape[-1] > 0 and not bool((record.constraints <= 0).all(-1).any())
     return "qLogPF" if nothing_feasible and name in _IMPROVEMENTS else name
 

@@ -200,7 +200,7 @@ class BayesdlSampler(BaseSampler):
         fitted = time.process_time()
         with acquisitions.seeded(seed):
             if marginal.applies(posterior, known, search.acquisition, sought):
-                built: Any = marginal.build(posterior, known, encoding)
+                built: Any = marginal.build(posterior, known, encoding, search.reference_point)
                 search = marginal.widened(search)
             else:
                 model = _as_model(posterior, encoding, "auto" if sought is None or sought.plain else "samples")
