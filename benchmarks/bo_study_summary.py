@@ -24,7 +24,15 @@ LABELS = {
 # Okabe and Ito, and greys for what is not a surrogate of bayesdl
 COLOURS = {
     "gp": "#0072B2", "nngp-erf": "#009E73", "nngp-relu": "#56B4E9", "hmc": "#D55E00", "ensemble": "#CC79A7",
-    "pfn-bo": "#E69F00", "pfn-gp": "#E69F00", "botorch": "#222222", "tpe": "#888888", "random": "#BBBBBB",
+    "pfn-bo": "#E69F00", "pfn-gp": "#E69F00", "student-t": "#882255", "botorch": "#222222", "gpsampler": "#44AA99",
+    "tpe": "#888888", "random": "#BBBBBB",
+}  # fmt: skip
+KINDS = {
+    "as they are": ("branin", "hartmann6"), "not stationary": ("ridge", "step"),
+    "ten inputs and more": ("ackley10", "embedded50", "embedded200", "polynomial100", "network20", "network200"),
+    "noise": ("noisy_hartmann6", "heavy_hartmann6"),
+    "several objectives": ("branin_currin", "dtlz2", "zdt1", "c2dtlz2", "sorbent"),
+    "simulators": ("brusselator", "pest", "cartpole", "lander", "predators", "tuning"),
 }  # fmt: skip
 INK, MUTED = "#222222", "#666666"
 _NUMBERS = (
@@ -117,12 +125,12 @@ def _say(table: pd.DataFrame, found: pd.DataFrame) -> None:
 
 
 def markdown(rows: list[dict[str, str]], least: int) -> str:
-    """Two tables for the docs, over the problems with `least` seeds or more of our GP.
+    """Three tables for the docs, over the problems with `least` seeds or more of our GP.
 
     A line a problem: seeds, then for each method the median best value and in brackets the mean rank. Below it a line a
     method: the problems it was ranked on, and on those its mean place (0 first, 1 last), wins, ties and losses against
-    our GP, the mean difference of scores with its 95 % interval, and the median CPU seconds of a proposal. Methods are
-    shown that were ranked on at least half of the problems.
+    our GP, the mean difference of scores with its 95 % interval, and the median CPU seconds of a proposal; and below
+    that the mean place on each kind of problem. Methods are shown that were ranked on at least half of the problems.
     """
     table = _ranked(_table(rows))
     seeds = table[table["method"] == "gp"].groupby("problem")["seed"].nunique()
@@ -158,7 +166,22 @@ def markdown(rows: list[dict[str, str]], least: int) -> str:
             f"{one['score_gap']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})"
         )  # fmt: skip
         lines.append(f"| `{name}` | {often[name]} | {place[name]:.2f} | {against} | {seconds[name]:.3f} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_by_kind(ranked, order)])
+
+
+def _by_kind(ranked: pd.DataFrame, order: list[str]) -> list[str]:
+    """Mean places on kinds of problems, in brackets on how many of them where a method was not ranked on all."""
+    places = ranked.groupby(["method", "problem"])["place"].mean()
+    lines = ["| method | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    for name in order:
+        cells = []
+        for names in KINDS.values():
+            there = [problem for problem in names if (ranked["problem"] == problem).any()]
+            own = [places[name, problem] for problem in there if (name, problem) in places.index]
+            short = f" ({len(own)} of {len(there)})" if len(own) < len(there) else ""
+            cells.append(f"{np.mean(own):.2f}{short}" if own else "")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _pairs(table: pd.DataFrame, peer: str, order: list[str]) -> list[dict[str, Any]]:
@@ -227,7 +250,7 @@ def _ranks(table: pd.DataFrame) -> Figure:
 
 
 def _traces(table: pd.DataFrame) -> Figure:
-    """Median of what was reached against trials, with quartiles, for each problem."""
+    """Median of what was reached against trials, with quartiles, for each problem and method with enough seeds."""
     problems = list(dict.fromkeys(table["problem"]))
     columns = min(4, len(problems))
     lines = math.ceil(len(problems) / columns)
@@ -242,7 +265,7 @@ def _traces(table: pd.DataFrame) -> Figure:
         optimum = {int(seed): PROBLEMS[name](int(seed)).best for seed in part["seed"].unique()}
         for method, colour in COLOURS.items():
             own = part[part["method"] == method]
-            if own.empty:
+            if not own["rank"].notna().any():  # too few seeds to be compared
                 continue
             curves = np.array([
                 np.array(json.loads(trace)) - (optimum[seed] if known else 0.0)
