@@ -36,7 +36,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     decomposition, by five Newton-Schulz steps, so that all directions of it learn at the same speed; scaled to the size
     of a step of AdamW, with whose learning rate it then shares an order of magnitude.
 
-    Cost: about 30 products of a matrix with itself a step, which is a sixth of a step of a small network, and one
+    Cost: about 30 products of a matrix with itself a step, about a fifth of a step of a small network, and one
     moment in place of AdamW's two.
 
     Reference: Jordan and others (2024), "Muon: an optimizer for hidden layers in neural networks"; the scale is that of

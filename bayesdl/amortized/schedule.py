@@ -35,7 +35,7 @@ class Schedule:
         even_work: Draw more tasks a step where n is small, so that every step has about the same number of points (up
             to 8 times `batch`): steadier gradients at small n for the same time.
         optimizer: "adamw"; or "muon", which makes the steps of all matrices inside the blocks nearly orthogonal and
-            leaves the rest to AdamW: from scratch it needs fewer steps, each of which costs a sixth more
+            leaves the rest to AdamW: from scratch it needs fewer steps, each of which costs a fifth more
             (`benchmarks/pfn_optimizers.py`). Its learning rate is some two to six times that of AdamW.
         learning_rate: Its peak.
         warmup_share: Share of the run over which it rises.
