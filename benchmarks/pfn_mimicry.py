@@ -195,7 +195,7 @@ def picture(engine: Any, rows: list[dict[str, Any]], levels: dict[int, Tensor]) 
             panel.plot(grid, torch.stack([low, high], -1), color=color, lw=0.8, ls="--")
         panel.plot(context, targets, "k.", ms=7)
         panel.set_title(f"{num} points: mean and 90 % of y")
-    axes[0, 0].legend(frameon=False)
+    axes[0, 2].legend(frameon=False, loc="lower left")
     for d in ("all", *DIMENSIONS["gp"]):
         mine = [row for row in rows if row["d"] == d]
         style = {"color": "k", "lw": 2} if d == "all" else {"lw": 0.9}
@@ -210,8 +210,10 @@ def picture(engine: Any, rows: list[dict[str, Any]], levels: dict[int, Tensor]) 
     axes[1, 1].set_ylim(bottom=1.6 * axes[1, 1].get_ylim()[0])  # room for the legend
     axes[1, 1].legend(frameon=False, fontsize=8, ncols=4, loc="lower center")
     log = engine.network.card["log"]
-    axes[1, 2].plot([entry["step"] for entry in log], [entry["loss"] for entry in log], lw=1)
-    axes[1, 2].set(xlabel="training step", title="training loss, nats")
+    for n in (5, 20, 60):
+        axes[1, 2].plot([e["step"] for e in log], [e[f"gap_{n}"] for e in log], lw=1, label=f"n = {n}")
+    axes[1, 2].set(xlabel="training step", title="the same while training, 100 tasks of d = 2")
+    axes[1, 2].legend(frameon=False, fontsize=8)
     for panel in axes.flat:
         panel.grid(alpha=0.25)
     figure.savefig(PICTURE, dpi=120)

@@ -23,7 +23,8 @@ from bayesdl.errors import SettingError, StorageError, fail
 
 WEIGHTS = Path(__file__).parent / "weights"
 _KIND = "pretrained network"
-_TASKS = {"bars": "regression", "mixture": "regression", "classes": "classification"}
+_TASKS = {"bars": "regression", "mixture": "regression", "kernel": "regression", "classes": "classification"}
+_LATER = {"kernel", "refinements"}  # fields of an architecture that older files do not have
 _CARD = ("name", "task", "prior", "ranges", "inputs", "targets")
 _UNITS = {"inputs": ("standardized", "unit", "raw"), "targets": ("standardized", "raw")}
 _AGAIN = "save the network again, or fetch the file again"
@@ -130,8 +131,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _architecture(path: Path, record: Mapping[str, Any]) -> Architecture:
     fields = record.get("architecture")
     known = {field.name for field in dataclasses.fields(Architecture)}
-    if not isinstance(fields, dict) or set(fields) != known:
-        got = sorted(set(fields) ^ known) if isinstance(fields, dict) else fields
+    if not isinstance(fields, dict) or set(fields) | _LATER != known:
+        got = sorted((set(fields) | _LATER) ^ known) if isinstance(fields, dict) else fields
         wanted = f"{path.name} must name an architecture of this version."
         fix = "load it with the version of bayesdl that wrote it"
         fail(StorageError, "Pretrained.load", wanted, got=f"fields missing or unknown: {got}", fix=fix)

@@ -3,6 +3,7 @@ r"""What a network's raw outputs say: from (*b, p) numbers to a distribution of 
     bars      p_k = softmax(raw)_k on the interval between borders b_{k-1} and b_k; uniform inside, and half-normal
               outwards from the inner border of the first and the last one (half of their mass lies within the borders)
     mixture   sum_k w_k N(loc_k, scale_k^2), w = softmax(raw_1), loc = raw_2, scale = floor + softplus(raw_3)
+    kernel    the same with scale = max(floor, sqrt(raw_3)): what the Gaussian processes say is no longer raw
     classes   softmax(raw)
 
 All in the network's own units of y.
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn import functional
 
-from bayesdl.amortized.network import Architecture
+from bayesdl.amortized.network import MIXTURES, Architecture
 from bayesdl.distributions.discrete import Categorical
 from bayesdl.distributions.mixture import GaussianMixture
 from bayesdl.errors import DataError, SettingError, fail
@@ -38,8 +39,8 @@ def predictive(architecture: Architecture, raw: Tensor, borders: Tensor | None) 
         from bayesdl.distributions.bar import BarDistribution
 
         return BarDistribution(raw, _needed(borders).to(raw))
-    if architecture.head == "mixture":
-        logits, loc, scale = _gaussians(raw)
+    if architecture.head in MIXTURES:
+        logits, loc, scale = _gaussians(architecture, raw)
         return GaussianMixture._of(loc, scale, logits.softmax(-1))
     return Categorical(logits=raw, validate_args=False)
 
@@ -53,8 +54,8 @@ def log_score(architecture: Architecture, raw: Tensor, borders: Tensor | None, y
     """
     if architecture.head == "bars":
         return _log_bars(raw, _needed(borders).to(raw), y.to(raw))
-    if architecture.head == "mixture":
-        logits, loc, scale = _gaussians(raw)
+    if architecture.head in MIXTURES:
+        logits, loc, scale = _gaussians(architecture, raw)
         standardized = (y.to(raw).unsqueeze(-1) - loc) / scale
         joint = logits - 0.5 * standardized.square() - scale.log()
         return torch.logsumexp(joint, -1) - torch.logsumexp(logits, -1) - _LOG_ROOT_2PI
@@ -109,9 +110,11 @@ def _at_levels(values: Tensor, levels: Tensor) -> Tensor:
     return 0.5 * (values[at - 1] + values[at])
 
 
-def _gaussians(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gaussians(architecture: Architecture, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, locations and scales of the components, each (*b, K)."""
     logits, loc, scale = raw.chunk(3, -1)
+    if architecture.head == "kernel":
+        return logits, loc, scale.clamp_min(SCALE_FLOOR**2).sqrt()
     return logits, loc, SCALE_FLOOR + functional.softplus(scale)
 
 

@@ -12,11 +12,15 @@ at s costs O(n^2 + n s), and what is read once (keys and values of each layer) s
 Reference: Mueller, Hollmann, Pineda Arango, Grabocka, Hutter (2022), "Transformers Can Do Bayesian Inference", arXiv
 2112.10510. Different from it: layers normalise before (not after) they attend, queries do not attend to themselves, and
 a learned first token stands in every context, so that there is something to attend to when there are no data.
+
+With head="kernel" queries are not tokens: a fixed number of learned probes attend to the context in their place, and
+become hypotheses about a Gaussian process (`bayesdl.amortized.hypotheses`), which answers for all x.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -26,9 +30,14 @@ from torch.nn import functional
 
 from bayesdl import _checks
 from bayesdl._random import Seed, generator
+from bayesdl.amortized import hypotheses
+from bayesdl.amortized._blocks import Block, Labels, Linear
+from bayesdl.amortized.hypotheses import Hypotheses
 from bayesdl.errors import SettingError, ShapeError, fail
 
-HEADS = ("bars", "mixture", "classes")
+MIXTURES = ("mixture", "kernel")  # heads whose answer is a mixture of Gaussians
+_SIZES = ("max_inputs", "outputs", "width", "num_layers", "num_heads", "hidden")
+HEADS = ("bars", "mixture", "kernel", "classes")
 
 
 @dataclass(frozen=True)
@@ -37,13 +46,15 @@ class Architecture:
 
     Args:
         max_inputs: The largest number of input columns d.
-        head: What the network predicts: "bars" (a histogram with half-normal tails), "mixture" (of Gaussians) or
-            "classes" (labels).
-        outputs: Number of bars, of Gaussians, or of classes.
+        head: What the network predicts: "bars" (a histogram with half-normal tails), "mixture" (of Gaussians), "kernel"
+            (a mixture of Gaussian processes) or "classes" (labels).
+        outputs: Number of bars, of Gaussians, of Gaussian processes, or of classes.
         width: Length of a token.
         num_layers: Number of blocks of attention and feed-forward layer.
         num_heads: Heads of attention; divides `width`.
         hidden: Width of the feed-forward layers, and of the layer in front of the head.
+        kernel: Of the Gaussian processes: "matern-1/2", "matern-3/2", "matern-5/2" or "rbf"; None for other heads.
+        refinements: How often their hyper-parameters take a learned step along the slope of their evidence.
         num_conditions: Numbers that a query may carry beside x. The first one, where there is any, asks for the value
             without noise (1) or with it (0, and where no conditions are given). Further ones describe the prior and are
             told to `Network.encode` too.
@@ -60,11 +71,21 @@ class Architecture:
     num_heads: int = 4
     hidden: int = 256
     num_conditions: int = 0
+    kernel: str | None = None
+    refinements: int = 0
 
     def __post_init__(self) -> None:
         _checks.choice("Architecture", "head", self.head, HEADS)
-        least = {"outputs": 1 if self.head == "mixture" else 2, "num_conditions": 0}
-        for name in ("max_inputs", "outputs", "width", "num_layers", "num_heads", "hidden", "num_conditions"):
+        if self.head == "kernel":
+            _checks.choice("Architecture", "kernel", self.kernel, tuple(hypotheses.KERNELS))
+        elif self.kernel is not None:
+            got = f"head={self.head!r}, kernel={self.kernel!r}"
+            fail(SettingError, "Architecture", "only a head of kernels has one.", got=got, fix="kernel=None")
+        if self.refinements and self.head != "kernel":
+            got = f"head={self.head!r}, refinements={self.refinements}"
+            fail(SettingError, "Architecture", "only a head of kernels is refined.", got=got, fix="refinements=0")
+        least = {"outputs": 1 if self.head in MIXTURES else 2, "num_conditions": 0, "refinements": 0}
+        for name in (*_SIZES, "num_conditions", "refinements"):
             _checks.at_least("Architecture", name, getattr(self, name), least.get(name, 1), integer=True)
         if self.width % self.num_heads:
             got = f"width {self.width}, num_heads {self.num_heads}"
@@ -74,7 +95,7 @@ class Architecture:
     @property
     def num_raw(self) -> int:
         """Numbers that the network returns for one query: weight, location and scale of each Gaussian, else logits."""
-        return 3 * self.outputs if self.head == "mixture" else self.outputs
+        return 3 * self.outputs if self.head in MIXTURES else self.outputs
 
 
 class Cache(NamedTuple):
@@ -93,10 +114,25 @@ class Cache(NamedTuple):
         """Points read or appended so far."""
         return self.keys[0].shape[-2] - 1
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device in which it is kept, with the rows as first axis."""
+        return self.keys[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Cache:
+        """The same with every tensor changed, all of which have the rows as first axis."""
+        return Cache(tuple(map(function, self.keys)), tuple(map(function, self.values)))
+
+    def numbers_after(self, num: int) -> int:
+        """Numbers kept for each row once there are `num` points more."""
+        _, heads, known, width = self.keys[0].shape
+        return 2 * len(self.keys) * heads * (known + num) * width
+
 
 @final
 class Network(nn.Module):
     """The transformer. Freshly made it predicts the same everywhere: bars and classes uniform, a mixture about N(0, 1).
+    With a head of kernels it predicts as Gaussian processes of about unit variance and lengthscales sqrt(d) do.
 
     Args:
         architecture: Its shape.
@@ -110,22 +146,31 @@ class Network(nn.Module):
     def __init__(self, architecture: Architecture, *, seed: Seed = 0) -> None:
         super().__init__()
         self.architecture = a = architecture
-        self.read_x = nn.Sequential(_Linear(a.max_inputs, a.hidden), nn.GELU(), _Linear(a.hidden, a.width))
+        self.read_x = nn.Sequential(Linear(a.max_inputs, a.hidden), nn.GELU(), Linear(a.hidden, a.width))
         if a.head == "classes":
-            self.read_y: nn.Module = _Labels(a.outputs, a.width)
+            self.read_y: nn.Module = Labels(a.outputs, a.width)
         else:
-            self.read_y = _Linear(1, a.width)
+            self.read_y = Linear(1, a.width)
         self.first = nn.Parameter(torch.empty(a.max_inputs, a.width))  # one for each number of columns
         self.appended = nn.Parameter(torch.empty(a.width))
         self.noiseless = nn.Parameter(torch.empty(a.width))
-        self.read_conditions = _Linear(a.num_conditions, a.width, bias=False) if a.num_conditions else None
-        self.blocks = nn.ModuleList(_Block(a.width, a.num_heads, a.hidden) for _ in range(a.num_layers))
+        self.read_conditions = Linear(a.num_conditions, a.width, bias=False) if a.num_conditions else None
+        self.blocks = nn.ModuleList(Block(a.width, a.num_heads, a.hidden) for _ in range(a.num_layers))
         self.norm = nn.LayerNorm(a.width)
-        self.head = nn.Sequential(_Linear(a.width, a.hidden), nn.GELU(), _Linear(a.hidden, a.num_raw))
+        answers = a.num_raw
+        if a.kernel is not None:
+            self.probes = nn.Parameter(torch.empty(a.outputs, a.width))
+            answers = a.max_inputs + 3  # lengthscales, outputscale, noise variance and volume of one hypothesis
+            told = a.width + 2 * answers + 1
+            self.refine = nn.ModuleList(
+                nn.Sequential(Linear(told, a.hidden), nn.GELU(), Linear(a.hidden, 2 * answers - 1))
+                for _ in range(a.refinements)
+            )
+        self.head = nn.Sequential(Linear(a.width, a.hidden), nn.GELU(), Linear(a.hidden, answers))
         if not self.first.is_meta:
             self._initialise(generator(seed))
 
-    def encode(self, x: Tensor, y: Tensor, conditions: Tensor | None = None) -> Cache:
+    def encode(self, x: Tensor, y: Tensor, conditions: Tensor | None = None) -> Cache | Hypotheses:
         """Read the context x (B n d), y (B n); n may be 0.
 
         Args:
@@ -134,7 +179,8 @@ class Network(nn.Module):
         Raises:
             ShapeError: Shapes do not fit each other, or there are more columns than `max_inputs`.
 
-        Cost: O(B L (n^2 w + n w^2)) time and O(B L n w) memory, for L layers of width w.
+        Cost: O(B L (n^2 w + n w^2)) time and O(B L n w) memory, for L layers of width w; M kernels add O(B M n^3) time
+        and O(B M n^2) memory.
         """
         _check_points("Network.encode", x, y, self.architecture.max_inputs)
         first = self.first[x.shape[-1] - 1].expand(len(x), 1, -1)
@@ -149,14 +195,21 @@ class Network(nn.Module):
             values.append(value)
             if i < len(self.blocks) - 1:  # nobody reads the context's last state
                 state = block.update(state, functional.scaled_dot_product_attention(query, key, value))
-        return Cache(tuple(keys), tuple(values))
+        cache = Cache(tuple(keys), tuple(values))
+        if self.architecture.kernel is None:
+            return cache
+        probes = self._read(self.probes + first, cache)
+        with torch.autocast(x.device.type, enabled=False):  # factors want all digits
+            return self._hypothesise(self.architecture.kernel, probes.to(self.first), x.to(self.first), y.to(self.first))
 
-    def append(self, cache: Cache, x: Tensor, y: Tensor, *, noiseless: bool = False) -> Cache:
+    def append(
+        self, cache: Cache | Hypotheses, x: Tensor, y: Tensor, *, noiseless: bool = False
+    ) -> Cache | Hypotheses:
         """Add points x (B t d), y (B t) behind the context, in this order.
 
         A new point sees the context and the points appended before it; what was read already does not change. So one
         more point costs O(n), not O(n^2); the price is that appended points are understood a little less well than
-        encoded ones, and that their order matters a little.
+        encoded ones, and that their order matters a little. To a head of kernels it does not: see `hypotheses`.
 
         Args:
             noiseless: Whether y holds values of the function itself, free of noise.
@@ -164,6 +217,10 @@ class Network(nn.Module):
         Cost: O(B L t ((n + t) w + w^2)) time.
         """
         _check_points("Network.append", x, y, self.architecture.max_inputs)
+        if isinstance(cache, Hypotheses):
+            with torch.autocast(x.device.type, enabled=False):
+                points = (part.to(self.first) for part in (x, y))
+                return hypotheses.append(self.architecture.kernel, cache, *points, noiseless=noiseless)
         state = self._tokens(x, y) + self.appended
         if noiseless:
             state = state + self.noiseless
@@ -179,23 +236,24 @@ class Network(nn.Module):
                 state = block.update(state, read)
         return Cache(tuple(keys), tuple(values))
 
-    def query(self, cache: Cache, x: Tensor, conditions: Tensor | None = None) -> Tensor:
+    def query(self, cache: Cache | Hypotheses, x: Tensor, conditions: Tensor | None = None) -> Tensor:
         """Raw outputs at x (B s d): (B s p), to be read by `bayesdl.amortized.heads`.
 
         Args:
             conditions: (B, num_conditions), or None for zeros.
 
-        Cost: O(B L s (n w + w^2)) time.
+        Cost: O(B L s (n w + w^2)) time; O(B M s n^2) for M kernels.
         """
         if x.ndim != 3 or not 1 <= x.shape[-1] <= self.architecture.max_inputs:
             _reject_points("Network.query", x, None, self.architecture.max_inputs)
+        if isinstance(cache, Hypotheses):
+            noisy = None if conditions is None else 1 - conditions[:, 0].to(self.first)
+            with torch.autocast(x.device.type, enabled=False):
+                return hypotheses.query(self.architecture.kernel, cache, x.to(self.first), noisy)
         state = self._place(x)
         if conditions is not None and self.read_conditions is not None:
             state = state + self.read_conditions(conditions[:, None].to(self.first))
-        for block, key, value in zip(self.blocks, cache.keys, cache.values, strict=True):
-            read = functional.scaled_dot_product_attention(block.project_query(state), key, value)
-            state = block.update(state, read)
-        return self.head(self.norm(state))
+        return self.head(self._read(state, cache))
 
     def forward(
         self, x: Tensor, y: Tensor, xs: Tensor, conditions: Tensor | None = None, *, num_appended: int = 0,
@@ -207,6 +265,20 @@ class Network(nn.Module):
         if num_appended:
             cache = self.append(cache, x[:, kept:], y[:, kept:], noiseless=noiseless)
         return self.query(cache, xs, conditions)
+
+    def _read(self, state: Tensor, cache: Cache) -> Tensor:
+        """What tokens (B s width) learn from the context: as many, before the head."""
+        for block, key, value in zip(self.blocks, cache.keys, cache.values, strict=True):
+            read = functional.scaled_dot_product_attention(block.project_query(state), key, value)
+            state = block.update(state, read)
+        return self.norm(state)
+
+    def _hypothesise(self, kernel: str, probes: Tensor, x: Tensor, y: Tensor) -> Hypotheses:
+        raw = self.head(probes)
+        for refine in self.refine:
+            told = hypotheses.slopes(kernel, raw, x, y)
+            raw = raw + hypotheses.step(told, refine(torch.cat([probes, raw, told], -1)))
+        return hypotheses.read(kernel, raw, x, y)
 
     def _place(self, x: Tensor) -> Tensor:
         """Where a point lies: (B n d) -> (B n width)."""
@@ -223,73 +295,24 @@ class Network(nn.Module):
     @torch.no_grad()
     def _initialise(self, source: torch.Generator) -> None:
         """Normal weights of variance 1 / fan-in; blocks start as the identity, the head as a constant."""
-        for parameter in (self.first, *(m.weight for m in self.modules() if isinstance(m, _Labels))):
+        for parameter in (self.first, *(m.weight for m in self.modules() if isinstance(m, Labels))):
             parameter.normal_(generator=source)
         for parameter in (self.appended, self.noiseless):
             parameter.zero_()
         for module in self.modules():
-            if isinstance(module, _Linear):
+            if isinstance(module, Linear):
                 module.weight.normal_(std=1 / math.sqrt(module.in_features), generator=source)
                 if module.bias is not None:
                     module.bias.zero_()
-        for last in (*(linear for b in self.blocks for linear in (b.out, b.down)), self.head[-1]):
+        steps = [part[-1] for part in self.refine] if self.architecture.kernel is not None else []
+        for last in (*(linear for b in self.blocks for linear in (b.out, b.down)), self.head[-1], *steps):
             last.weight.zero_()
         if self.architecture.head == "mixture":
             self.head[-1].bias.copy_(_spread(self.architecture.outputs))
-
-
-@final
-class _Linear(nn.Linear):
-    """A linear layer whose weights the network fills in, from its own generator."""
-
-    def reset_parameters(self) -> None:
-        """Nothing: torch would draw from the global random state."""
-
-
-@final
-class _Labels(nn.Module):
-    """One learned vector for each class."""
-
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, width))
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """Labels (B n) -> (B n width)."""
-        return functional.embedding(labels.long(), self.weight)
-
-
-@final
-class _Block(nn.Module):
-    """Attention and a feed-forward layer, each behind a layer norm and added to what came in."""
-
-    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm_read = nn.LayerNorm(width)
-        self.qkv = _Linear(width, 3 * width)
-        self.out = _Linear(width, width)
-        self.norm_think = nn.LayerNorm(width)
-        self.up = _Linear(width, hidden)
-        self.down = _Linear(hidden, width)
-
-    def project(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of tokens (B n width), each (B heads n width/heads)."""
-        rows, num, width = state.shape
-        each = self.qkv(self.norm_read(state)).view(rows, num, 3, self.num_heads, width // self.num_heads)
-        parts = each.permute(2, 0, 3, 1, 4)
-        return parts[0], parts[1], parts[2]
-
-    def project_query(self, state: Tensor) -> Tensor:
-        """The first of the three, by the same weights."""
-        rows, num, width = state.shape
-        parts = functional.linear(self.norm_read(state), self.qkv.weight[:width], self.qkv.bias[:width])
-        return parts.view(rows, num, self.num_heads, width // self.num_heads).transpose(1, 2)
-
-    def update(self, state: Tensor, read: Tensor) -> Tensor:
-        """The tokens after attention read (B heads n width/heads), and after the feed-forward layer."""
-        state = state + self.out(read.transpose(1, 2).flatten(-2))
-        return state + self.down(functional.gelu(self.up(self.norm_think(state))))
+        if self.architecture.kernel is not None:  # probes that all said the same would learn the same
+            self.probes.normal_(generator=source)
+            last = self.head[-1]
+            last.weight.normal_(std=0.3 / math.sqrt(last.in_features), generator=source)
 
 
 def _spread(num: int) -> Tensor:

@@ -39,6 +39,7 @@ Evaluate = Callable[[Pretrained], Mapping[str, float]]
 
 _PAUSE = 60.0  # seconds between two checkpoints
 _VALUES_A_BAR = 500
+_HEADS = ("head.", "probes", "refine.")  # weights of a network that belong to its head
 _PATIENCE = 50  # steps in a row whose gradients are not finite
 
 
@@ -76,7 +77,8 @@ def pretrain(
         card: Entries of the card beside those that are known here, or in their place: name, licence, inputs and targets
             ("standardized" by default), ranges.
         start: A trained network of the same architecture whose weights (and bars) are where this run begins: to make
-            one for a prior that is near another's takes a fraction of the steps. The card tells of it.
+            one for a prior that is near another's takes a fraction of the steps. Where only the head is of another
+            kind, all but the head's weights. The card tells of it.
         seed: Of weights and tasks.
         device: Where to train and to sample the prior.
         num_devices: Processes with one device each, by Lightning Fabric (`pip install bayesdl[train]`), each with
@@ -150,7 +152,8 @@ class _Job:
         network, borders = Network(self.architecture, seed=self.seed), make_borders(values, bars) if bars else None
         begun: dict[str, Any] = {}
         if start is not None:
-            borders, begun = start.borders, {"started_from": _begin(network, start)}
+            begun = {"started_from": _begin(network, start)}
+            borders = borders if start.borders is None else start.borders
         self.borders = None if borders is None else borders.float().to(self.worker.device)
         self.card = {**_first_card(self.prior, self.architecture, self.schedule, x_range, out), **begun, **card}
         # the card and the borders must fit before hours of training, not after
@@ -331,11 +334,17 @@ class _Bar:
 
 def _begin(network: Network, start: Pretrained) -> dict[str, Any]:
     """Give `network` the weights of `start`; returns what the card says of it."""
-    theirs = start.network.architecture
-    if theirs != network.architecture:
-        fix = "architecture=start.network.architecture"
+    theirs, ours = start.network.architecture, network.architecture
+    if theirs == ours:
+        network.load_state_dict(start.network.state_dict())
+    elif "classes" not in (ours.head, theirs.head) and ours == dataclasses.replace(
+        theirs, head=ours.head, outputs=ours.outputs, kernel=ours.kernel, refinements=ours.refinements
+    ):
+        trunk = {name: t for name, t in start.network.state_dict().items() if not name.startswith(_HEADS)}
+        network.load_state_dict({**network.state_dict(), **trunk})
+    else:
+        fix = "architecture=start.network.architecture, or another head on the same trunk"
         fail(SettingError, "pretrain", "start must have the architecture of this run.", got=repr(theirs), fix=fix)
-    network.load_state_dict(start.network.state_dict())
     return {name: start.card.get(name) for name in ("name", "prior", "steps")}
 
 

@@ -23,7 +23,8 @@ from torch.distributions import Distribution
 from bayesdl import _random
 from bayesdl.amortized.checkpoint import Pretrained, _architecture, _build
 from bayesdl.amortized.heads import predictive
-from bayesdl.amortized.network import Cache
+from bayesdl.amortized.hypotheses import Hypotheses, join
+from bayesdl.amortized.network import MIXTURES, Cache
 from bayesdl.distributions import BarDistribution, Categorical, GaussianMixture
 from bayesdl.distributions._bars import Bars
 from bayesdl.errors import SettingError, StorageError, fail
@@ -52,13 +53,13 @@ class Context(NamedTuple):
     """What was read of R data sets: a cache of R P rows, and how columns and labels were read.
 
     Attributes:
-        cache: Keys and values, the P readings of a data set one after another.
+        cache: Keys and values, or hypotheses, the P readings of a data set one after another.
         readings: Those.
         codes: (R, P, C) what each label was called, int64; None for regression.
         seen: (R, C) which labels occur; None for regression.
     """
 
-    cache: Cache
+    cache: Cache | Hypotheses
     readings: Readings
     codes: Tensor | None
     seen: Tensor | None
@@ -71,30 +72,23 @@ class Context(NamedTuple):
     @property
     def num_rows(self) -> int:
         """R."""
-        return self.cache.keys[0].shape[0] // self.num_readings
+        return self.cache.like.shape[0] // self.num_readings
 
     def repeat(self, num: int) -> Context:
         """num R rows: all data sets, then all again. One row is not copied."""
 
-        def wide(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
+        def wide(value: Tensor) -> Tensor:
             return value.unsqueeze(0).expand(num, *value.shape).reshape(num * value.shape[0], *value.shape[1:])
 
-        cache = Cache(tuple(map(wide, self.cache.keys)), tuple(map(wide, self.cache.values)))
-        return self._replace(cache=cache, codes=wide(self.codes), seen=wide(self.seen))
+        return self._map(wide, self.cache.map(wide))
 
     def each(self, num: int) -> Context:
         """num R rows: the first data set so many times, then the second."""
 
-        def wide(value: Tensor | None, group: int = 1) -> Tensor | None:
-            if value is None:
-                return None
+        def wide(value: Tensor, group: int = 1) -> Tensor:
             return value.unflatten(0, (-1, group)).repeat_interleave(num, 0).flatten(0, 1)
 
-        p = self.num_readings
-        cache = Cache(*(tuple(wide(t, p) for t in kind) for kind in self.cache))
-        return self._replace(cache=cache, codes=wide(self.codes), seen=wide(self.seen))
+        return self._map(wide, self.cache.map(lambda value: wide(value, self.num_readings)))
 
     def rows(self, part: slice) -> Context:
         """Some of the data sets."""
@@ -102,8 +96,10 @@ class Context(NamedTuple):
             return self
         p = self.num_readings
         wide = slice(part.start * p, part.stop * p)
-        cache = Cache(tuple(k[wide] for k in self.cache.keys), tuple(v[wide] for v in self.cache.values))
-        codes, seen = (None if t is None else t[part] for t in (self.codes, self.seen))
+        return self._map(lambda value: value[part], self.cache.map(lambda value: value[wide]))
+
+    def _map(self, function: Callable[[Tensor], Tensor], cache: Cache | Hypotheses) -> Context:
+        codes, seen = (None if value is None else function(value) for value in (self.codes, self.seen))
         return self._replace(cache=cache, codes=codes, seen=seen)
 
 
@@ -166,7 +162,7 @@ class Reader:
         """
         codes, seen = self._code(y, readings) if self.num_classes else (None, None)
         parts = []
-        for part in _split(x.shape[0], self._rows_at_once(x.shape[1], readings.columns.shape[0])):
+        for part in _split(x.shape[0], self._rows_at_once(x.shape[1], x.shape[1], readings.columns.shape[0])):
             inputs, targets = self._readings_of(x[part], y[part], readings, None if codes is None else codes[part])
             conditions = self._conditions(inputs.shape[0], False) if self._extra else None
             with self._products():
@@ -215,6 +211,20 @@ class Reader:
             context = self.append(context, here, y, noiseless=noiseless)
             drawn.append(y)
         return context, torch.cat(drawn, 1) if drawn else u.new_empty(u.shape)
+
+    def hypotheses(self, context: Context) -> dict[str, Tensor] | None:
+        """Hyper-parameters of the P M hypotheses of a head of kernels: (R, P M), lengthscales (R, P M, d); else None."""
+        cache, p = context.cache, context.num_readings
+        if not isinstance(cache, Hypotheses):
+            return None
+        # a lengthscale goes back to the column whose place it was read at
+        back = context.readings.columns.argsort(-1)[:, None]
+        lengthscale = cache.lengthscale.unflatten(0, (-1, p))
+        lengthscale = lengthscale.gather(-1, back.expand(len(lengthscale), -1, lengthscale.shape[2], -1))
+        found = {"lengthscale": lengthscale.flatten(1, 2)}
+        others = {"outputscale": cache.outputscale, "noise_variance": cache.noise_variance}
+        others["weight"] = cache.log_weight.exp() / p
+        return found | {name: value.unflatten(0, (-1, p)).flatten(1, 2) for name, value in others.items()}
 
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON fields from which `from_parts` builds it again."""
@@ -283,11 +293,11 @@ class Reader:
         self, context: Context, x: Tensor, noiseless: bool, function: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
         """function(parameters of the predictive), block by block of rows and points."""
-        p, total = context.num_readings, x.shape[0]
+        p, total, known = context.num_readings, x.shape[0], context.cache.num_points
         blocks = []
-        for part in _split(total, self._rows_at_once(1, p)):
+        for part in _split(total, self._rows_at_once(1, known, p)):
             rows, points = context.rows(part), x[part]
-            across = max(1, self._numbers() // (points.shape[0] * p * self._widest()))
+            across = max(1, self._numbers() // (points.shape[0] * p * self._widest(known)))
             columns = []
             for some in points.split(across, 1) if points.shape[1] else [points]:
                 inputs = self._permuted(some, context.readings)
@@ -301,7 +311,7 @@ class Reader:
     def _parameters(self, context: Context, raw: Tensor) -> tuple[Tensor, ...]:
         """Raw outputs (R P s p) as the parameters of one law, each (R s ...), averaged over readings."""
         head, p = self._architecture.head, raw.shape[1]
-        if head == "mixture":
+        if head in MIXTURES:
             law = predictive(self._architecture, raw, None)
             parts = (law.loc, law.scale, law.weights / p)
             return tuple(t.movedim(1, -2).flatten(-2) for t in parts)
@@ -316,16 +326,17 @@ class Reader:
         if head == "bars":
             like = self._bars.borders
             return BarDistribution._of(parameters[0], self._bars, like.new_zeros(()), like.new_ones(()))
-        if head == "mixture":
+        if head in MIXTURES:
             return GaussianMixture._of(*parameters)
         return Categorical(logits=parameters[0], validate_args=False)
 
-    def _widest(self) -> int:
+    def _widest(self, known: int) -> int:
+        """Numbers that one token, or one query, takes up beside a context of `known` points."""
         a = self._architecture
-        return max(3 * a.width, a.hidden, a.num_raw)
+        return max(3 * a.width, a.hidden, a.num_raw, 0 if a.kernel is None else a.outputs * known)
 
-    def _rows_at_once(self, tokens: int, readings: int) -> int:
-        return max(1, self._numbers() // (max(1, tokens) * readings * self._widest()))
+    def _rows_at_once(self, tokens: int, known: int, readings: int) -> int:
+        return max(1, self._numbers() // (max(1, tokens) * readings * self._widest(known)))
 
     def _numbers(self) -> int:
         return _CHUNK if self.device.type == "cpu" else _GPU_CHUNK
@@ -335,9 +346,11 @@ def _split(total: int, size: int) -> Iterator[slice]:
     return (slice(at, min(at + size, total)) for at in range(0, total, size))
 
 
-def _join(parts: list[Cache]) -> Cache:
+def _join(parts: list[Cache | Hypotheses]) -> Cache | Hypotheses:
     if len(parts) == 1:
         return parts[0]
+    if isinstance(parts[0], Hypotheses):
+        return join(parts)
     return Cache(*(tuple(torch.cat(layer) for layer in zip(*kind, strict=True)) for kind in zip(*parts, strict=True)))
 
 

@@ -41,10 +41,10 @@ class _Matern(torch.autograd.Function):
     @staticmethod
     def forward(u: Tensor, order: int) -> Tensor:
         r = u.sqrt()
-        decay = (-r).exp()
         if order == 0:
-            return decay
-        return decay * (1.0 + r) if order == 1 else decay * (1.0 + r + u / 3.0)
+            return r.neg_().exp_()
+        poly = (r + 1.0) if order == 1 else torch.add(r, u, alpha=1.0 / 3.0).add_(1.0)
+        return r.neg_().exp_().mul_(poly)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:

@@ -116,6 +116,29 @@ class AmortizedPosterior(Posterior):
         """The largest number of points that the network was trained to read."""
         return int(self._reader.card["ranges"]["n"][1])
 
+    @property
+    def hyperparameters(self) -> dict[str, Tensor]:
+        """What a network with a head of kernels holds possible: M hypotheses, in the user's units.
+
+        "lengthscale" (*b, [k,] M, d) for each column in its unit, "outputscale" and "noise_variance" (*b, [k,] M) in
+        squared units of y, and their "weight" (*b, [k,] M), which adds up to 1.
+
+        Raises:
+            SettingError: The network has a head of another kind, which thinks of no hyper-parameters.
+        """
+        found = self._reader.hypotheses(self._context)
+        if found is None:
+            got, fix = f"{self._model.name!r}, whose head is of another kind", 'PFN.from_pretrained("gp")'
+            fail(SettingError, "hyperparameters", "the network must have a head of kernels.", got=got, fix=fix)
+        data, units = self._data, self._units
+        shape = (*data.batch_shape, data.y.shape[-1])
+        value = {name: part.to(torch.float64).reshape(*shape, *part.shape[1:]) for name, part in found.items()}
+        value["lengthscale"] = value["lengthscale"] * units.x_scale.unsqueeze(-2)
+        for name in ("outputscale", "noise_variance"):
+            value[name] = value[name] * units.y_scale.mT.square()
+        outputs = len(shape) - 1
+        return {name: (v if data.has_outputs else v.squeeze(outputs)).to(data.x.dtype) for name, v in value.items()}
+
     def predict(self, x: Any, *, noise: bool = True) -> Distribution:
         """Bars or a mixture of Gaussians for y (for f with noise=False), or class probabilities.
 
@@ -202,7 +225,7 @@ class AmortizedPosterior(Posterior):
             return lambda x: self._evaluate(None, 0, self._inputs("functions", x))
         anchor_seed, residual_seed = child_seeds(seed, 2)
         context, spacing = self._after_anchors(num, num_anchors, anchor_seed, noiseless=True)
-        like, d = context.cache.keys[0], self._data.x.shape[-1]
+        like, d = context.cache.like, self._data.x.shape[-1]
         residual = residual_of(num, self._context.num_rows, d, spacing, residual_seed, like)
 
         def draw(x: Any) -> Tensor:
@@ -361,9 +384,8 @@ class AmortizedPosterior(Posterior):
         return self._after_anchors(_ROLLOUTS, 32, self._settings.seed, noiseless=False)[0]
 
     def _draws_at_once(self, rows: int, s: int) -> int:
-        keys = self._context.cache.keys
-        tokens = rows * self._context.num_readings * (keys[0].shape[-2] + s)
-        return max(1, _KEPT // (2 * len(keys) * tokens * keys[0].shape[1] * keys[0].shape[-1]))
+        kept = self._context.cache.numbers_after(s)
+        return max(1, _KEPT // (rows * self._context.num_readings * kept))
 
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, record = self._reader.parts()

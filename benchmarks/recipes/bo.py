@@ -24,8 +24,14 @@ from bayesdl.amortized import Architecture, Pretrained, ReferenceGap, Schedule
 from bayesdl.priors.tasks import HEBOPlus
 
 prior = HEBOPlus(inputs="mixed", by_dimension=True)
-architecture = Architecture(max_inputs=8, head="mixture", outputs=10, width=128, num_layers=4, num_conditions=1)
-schedule = Schedule(num_steps=60_000, batch=16, n_max=60, num_queries=32, context="uniform", decay="linear")
+architecture = Architecture(
+    max_inputs=8, head="kernel", kernel="matern-3/2", outputs=6, refinements=2, width=64, num_layers=3, hidden=128,
+    num_conditions=1,
+)  # fmt: skip
+schedule = Schedule(
+    num_steps=16_000, batch=16, n_max=100, num_queries=32, context="uniform", learning_rate=2e-3, decay="linear",
+    decay_share=0.4, appended_share=0.0, targets="expected",
+)  # fmt: skip
 card = {"name": "bo", "licence": "Apache-2.0"}
 
 

@@ -25,10 +25,14 @@ prior = HyperGP(
     noise_variance=LogNormal(-3.5, 1.2),
     inputs="mixed",
 )
-architecture = Architecture(max_inputs=5, head="mixture", outputs=10, width=128, num_layers=4, num_conditions=1)
+architecture = Architecture(
+    max_inputs=5, head="kernel", kernel="matern-5/2", outputs=4, refinements=2, width=64, num_layers=3, hidden=128,
+    num_conditions=1,
+)  # fmt: skip
 schedule = Schedule(
-    num_steps=30_000, batch=16, n_max=100, num_queries=32, context="uniform", decay="linear", targets="expected"
-)
+    num_steps=12_000, batch=16, n_max=100, num_queries=32, context="uniform", learning_rate=2e-3, decay="linear",
+    decay_share=0.4, appended_share=0.0, targets="expected",
+)  # fmt: skip
 card = {"name": "gp", "licence": "Apache-2.0"}
 
 

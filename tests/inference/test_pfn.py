@@ -23,13 +23,14 @@ from bayesdl.posterior._learned_functions import anchors_of, residual_of
 from bayesdl.posterior._rows import Rows
 from bayesdl.testing import check_engine
 
-HEADS = {"bars": 60, "mixture": 4, "classes": 6}
+HEADS = {"bars": 60, "mixture": 4, "kernel": 3, "classes": 6}
 
 
 def toy_network(head: str, *, max_inputs: int = 3, num_conditions: int | None = None, **card) -> Pretrained:
     """Untrained, but every weight away from its initial value, so that every path through the network counts."""
     conditions = (head != "classes") if num_conditions is None else num_conditions
     sizes = {"width": 24, "num_layers": 2, "num_heads": 2, "hidden": 32, "num_conditions": int(conditions)}
+    sizes |= {"kernel": "matern-5/2", "refinements": 1} if head == "kernel" else {}
     network = Network(Architecture(max_inputs=max_inputs, head=head, outputs=HEADS[head], **sizes), seed=3)
     g = torch.Generator().manual_seed(5)
     for weight in network.parameters():
@@ -124,7 +125,8 @@ def test_products_in_bfloat16_are_close_to_single_precision(head, tmp_path):
     x, y = data(classes=3 if head == "classes" else 0)
     network = toy_network(head)
     wide, narrow = (bdl.PFN(network, precision=p, update="append").fit(x, y) for p in ("float32", "bfloat16"))
-    assert narrow._context.cache.keys[0].dtype == torch.bfloat16
+    kept = torch.float32 if head == "kernel" else torch.bfloat16  # factors want all digits
+    assert narrow._context.cache.like.dtype == kept
     more = (x[:3] + 0.1, y[:3])
     for one, other in ((wide, narrow), (wide.condition_on(*more), narrow.condition_on(*more))):
         places = [X_NEW.clone().requires_grad_(True) for _ in range(2)]
@@ -370,6 +372,29 @@ def test_rows_go_there_and_back(batch, lead):
     together = rows.together(x).squeeze(-1)
     each = offset.repeat_interleave(len(together) // len(offset))
     assert torch.equal(rows.joint(together + each[:, None]), want.expand(*lead, s, k))
+
+
+def test_hypotheses_are_told_in_the_users_units():
+    """What they say, put into a Gaussian process by hand, is the predictive; columns are found again in any reading."""
+    g = torch.Generator().manual_seed(4)
+    x, y = 3 + 10 * torch.rand(2, 9, 3, generator=g).double(), 5 + 2 * torch.randn(2, 9, 2, generator=g).double()
+    xs = 3 + 10 * torch.rand(2, 4, 3, generator=g).double()
+    posterior = bdl.PFN(toy_network("kernel"), num_permutations=2).fit(x, y)
+    h = posterior.hyperparameters
+    assert h["lengthscale"].shape == (2, 2, 6, 3) and h["weight"].sum(-1).numpy() == pytest.approx(1)
+    kernel = bdl.kernels.Scale(bdl.kernels.Matern(nu=2.5))
+    params = {"outputscale": h["outputscale"], "base.lengthscale": h["lengthscale"]}
+    inputs, asked = x[:, None, None], xs[:, None, None]
+    centre = y.mean(-2)[..., None, None]
+    noisy = kernel(inputs, None, params) + h["noise_variance"][..., None, None] * torch.eye(9).double()
+    gain = torch.linalg.solve(noisy, kernel(inputs, asked, params))
+    mean = (gain.mT @ (y.mT[:, :, None, :, None] - centre[..., None])).squeeze(-1)
+    wanted = (h["weight"].unsqueeze(-1) * mean).sum(2) + centre[..., 0]
+    assert posterior.predict(xs).mean.numpy() == pytest.approx(wanted.mT.numpy(), rel=1e-6)
+    single = bdl.PFN(toy_network("kernel")).fit(x[0], y[0, :, 0]).hyperparameters
+    assert single["lengthscale"].shape == (3, 3) and single["weight"].shape == (3,)
+    with pytest.raises(SettingError, match="head of kernels"):
+        bdl.PFN(toy_network("mixture")).fit(x[0], y[0, :, 0]).hyperparameters  # noqa: B018
 
 
 def test_outside_the_trained_range():
