@@ -1,17 +1,18 @@
 # %% [markdown]
-# # What does a network know that has seen a million data sets?
+# # What does a network know that has seen two hundred thousand data sets?
 #
 # Fitting a Gaussian process means searching for its hyper-parameters, once for every data set. A prior-data fitted
 # network did that work before your data came: it was trained to predict, on data sets drawn from a prior, as the
 # posterior of that prior does. Reading your data is then one forward pass.
 #
-# The answer: it knows its prior. For data that could have come from there it says nearly what NUTS over the
-# hyper-parameters says, dozens of times sooner. For other data it is wrong the way the prior is wrong, and does not
-# notice: what holds for Gaussian processes with a bad kernel holds here, with one more approximation on top.
+# The answer: it knows its prior. For data that could have come from there it says what NUTS over the hyper-parameters
+# says, dozens of times sooner. For other data it is wrong the way the prior is wrong, and does not notice: what holds
+# for Gaussian processes with a bad kernel holds here.
 #
-# It is not the fastest way to a Gaussian process. `ExactGP` finds the best hyper-parameters of all data sets in one
-# batch in a fraction of that time again; it is a little worse, since it ignores that they are uncertain. A network pays
-# where no such formula exists: learning curves, tables, simulators, any prior that one can draw from.
+# `ExactGP` finds the best hyper-parameters of all data sets in one batch in about the same time; it is a little worse,
+# since it ignores that they are uncertain. A network pays where data sets come in thousands, where uncertain
+# hyper-parameters matter, and where no formula exists: learning curves, tables, simulators, any prior that one can draw
+# from.
 #
 # The pictures go to the folder that BAYESDL_FIGURES names, by default `tutorials/figures`.
 
@@ -123,9 +124,8 @@ print(f"lost to exact inference: {gap.mean():.3f} +- {gap.std() / NUM_TASKS**0.5
 # ## What it looks like, where it is right and where it is not
 # On the left a function like those of the prior. In the middle a step: no smooth function with these lengthscales, so
 # network and exact GP both smooth it over, and call the rest noise. On the right the same smooth function asked far
-# outside of the inputs that the network was trained on: the GP returns to its prior; so, here, does the network, more
-# or less, and says so
-# with a warning.
+# outside of the inputs that the network was trained on: the GP returns to its prior, and so does the network, whose
+# answer is a mixture of Gaussian processes; it warns all the same.
 
 # %%
 generator = torch.Generator().manual_seed(1)
@@ -167,7 +167,8 @@ show(figure, "amortized")
 #
 # ## Exercises
 # 1. Fit `engine` (with its standardisation) to temperatures in Kelvin over days of a year. What do the units cost?
-# 2. Ask for `posterior.predict(x, noise=False)`: how does the network know what is noise?
+# 2. Ask for `posterior.predict(x, noise=False)`: how does the network know what is noise? `posterior.hyperparameters`
+#    has the answer.
 # 3. Draw joint samples at 30 points and compare their covariance with that of `ExactGP`.
 # 4. Give 300 points to a network trained on 100. What does it say, and is it still better than 100 of them?
 #
@@ -182,6 +183,6 @@ show(figure, "amortized")
 assert float(gap.mean()) < 0.2
 # All data sets take the network a small part of the time of NUTS.
 assert table.loc["NUTS", "seconds"] > 5 * table.loc["network", "seconds"]
-# It agrees with exact inference on data like those of its prior, and less far outside of its range.
-assert differences["like the prior"] < 0.15
-assert differences["far outside"] > differences["like the prior"]
+# It agrees with exact inference on data like those of its prior, inside and outside of its range.
+assert differences["like the prior"] < 0.1
+assert differences["far outside"] < 0.1

@@ -97,7 +97,11 @@ def read(kernel: str, raw: Tensor, x: Tensor, y: Tensor) -> Hypotheses:
     """
     lengthscale, outputscale, noise = _hyper_parameters(raw, x.shape[-1])
     x, y = x.unsqueeze(1), y.unsqueeze(1)
-    covariance = KERNELS[kernel](x, None, {"base.lengthscale": lengthscale, "outputscale": outputscale})
+    params = {"base.lengthscale": lengthscale, "outputscale": outputscale}
+    if torch.is_grad_enabled():
+        covariance = KERNELS[kernel](x, None, params)
+    else:  # the same numbers in fewer passes
+        covariance, _ = KERNELS[kernel].value_and_pullback(x, params)
     state = ops.condition(covariance, x, y, noise)
     log_weight = raw[..., -1] + ops.log_marginal(state)
     return Hypotheses(state, lengthscale, outputscale, log_weight.log_softmax(-1))
@@ -107,8 +111,8 @@ def read(kernel: str, raw: Tensor, x: Tensor, y: Tensor) -> Hypotheses:
 def slopes(kernel: str, raw: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """What a refinement is told of hypotheses, raw outputs (B M p): (B M p + 1), without a graph.
 
-    First asinh of the slope of log p(D | theta) in each of the p - 1 logarithms (0 for columns that x lacks), which keeps
-    the order of magnitude of slopes of any size; then asinh of how far log p(D | theta) is behind the best hypothesis,
+    First asinh of the slope of log p(D | theta) in each of the p - 1 logarithms (0 for columns that x lacks), which
+    keeps the order of magnitude of slopes of any size; then asinh of how far log p(D | theta) is behind the best hypothesis,
     and log(1 + n).
 
     Cost: O(B M n^3) time, by tiles.

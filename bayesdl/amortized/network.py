@@ -200,11 +200,11 @@ class Network(nn.Module):
             return cache
         probes = self._read(self.probes + first, cache)
         with torch.autocast(x.device.type, enabled=False):  # factors want all digits
-            return self._hypothesise(self.architecture.kernel, probes.to(self.first), x.to(self.first), y.to(self.first))
+            return self._hypothesise(
+                self.architecture.kernel, probes.to(self.first), x.to(self.first), y.to(self.first)
+            )
 
-    def append(
-        self, cache: Cache | Hypotheses, x: Tensor, y: Tensor, *, noiseless: bool = False
-    ) -> Cache | Hypotheses:
+    def append(self, cache: Cache | Hypotheses, x: Tensor, y: Tensor, *, noiseless: bool = False) -> Cache | Hypotheses:
         """Add points x (B t d), y (B t) behind the context, in this order.
 
         A new point sees the context and the points appended before it; what was read already does not change. So one

@@ -213,7 +213,7 @@ class Reader:
         return context, torch.cat(drawn, 1) if drawn else u.new_empty(u.shape)
 
     def hypotheses(self, context: Context) -> dict[str, Tensor] | None:
-        """Hyper-parameters of the P M hypotheses of a head of kernels: (R, P M), lengthscales (R, P M, d); else None."""
+        """Hyper-parameters of the P M hypotheses of a head of kernels, (R, P M), lengthscales (R, P M, d); or None."""
         cache, p = context.cache, context.num_readings
         if not isinstance(cache, Hypotheses):
             return None

@@ -50,9 +50,9 @@ class PFN:
             ones, which costs O(n) for each in place of O(n^2) for all, and is what long rollouts want.
         precision: In which the network computes: "data", the dtype of x; "float32", about twice as fast where the data
             is float64, with errors of about 1e-6 of a standard deviation; "float64"; or "bfloat16", for many data sets
-            or queries at once: products in bfloat16, and keys and values in half the memory, 1.7 times as fast as
-            float32 where it was measured (`benchmarks/pfn_speed.py`), on a processor that has such products
-            (AVX512-BF16, AMX, GPUs); others may be slower. The networks that ship lose less than 0.002 nats a point.
+            or queries at once: products in bfloat16, and keys and values in half the memory, on a processor that has
+            such products (AVX512-BF16, AMX, GPUs); others may be slower. A head of kernels computes its factors in float32
+            all the same. The networks that ship lose less than 0.002 nats a point.
         conditions: What else the network was trained to be told of the prior, for one that was.
     """
 

@@ -42,7 +42,7 @@ def sqdist(x: Tensor, z: Tensor | None = None) -> Tensor:
         x = x - x.detach().mean(-2, keepdim=True)
         d2, norm = _expand(x, x)
         eye = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
-        return d2.masked_fill((d2 <= _threshold(norm)) | eye, 0.0)
+        return d2.masked_fill_((d2 <= _threshold(norm)) | eye, 0.0)
     if x.shape[-1] != z.shape[-1]:
         fail(
             ShapeError,
@@ -54,7 +54,7 @@ def sqdist(x: Tensor, z: Tensor | None = None) -> Tensor:
     # The centre must be the same for both, whichever of them carries the batch axes.
     centre = x.detach().mean(-2, keepdim=True)
     d2, norm = _expand(x - centre, z - centre)
-    return d2.masked_fill(d2 <= _threshold(norm), 0.0)
+    return d2.masked_fill_(d2 <= _threshold(norm), 0.0)
 
 
 def sqdist_centred(
@@ -134,7 +134,8 @@ def _finish(d2: Tensor, first: int, factor: float, offset: Tensor | None, clamp:
 def _expand(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     norm = (x * x).sum(-1)
     other = norm if z is x else (z * z).sum(-1)
-    return norm.unsqueeze(-1) + other.unsqueeze(-2) - 2.0 * (x @ z.mT), norm.detach()
+    # a sum's gradient does not need the sum, so that the products may take its place
+    return (norm.unsqueeze(-1) + other.unsqueeze(-2)).sub_(x @ z.mT, alpha=2.0), norm.detach()
 
 
 def _threshold(norm: Tensor) -> Tensor:

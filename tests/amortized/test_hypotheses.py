@@ -73,7 +73,8 @@ def test_values_without_noise_pin_the_function() -> None:
     after = hypotheses.append("matern-5/2", before, xs, torch.zeros(2, 5, dtype=xs.dtype), noiseless=True)
     pure = hypotheses.query("matern-5/2", after, xs, xs.new_zeros(2))
     _, mean, variance = pure.chunk(3, -1)
-    assert float(mean.abs().max()) < 1e-3 and float(variance.max()) < 3e-5 * float(before.outputscale.max())
+    assert float(mean.abs().max()) < 1e-3
+    assert float(variance.max()) < 3e-5 * float(before.outputscale.max())
     noisy = hypotheses.query("matern-5/2", after, xs, None).chunk(3, -1)[2]
     torch.testing.assert_close(noisy - variance, before.noise_variance.unsqueeze(1).expand(-1, 5, -1))
     assert torch.equal(after.noise_variance, before.noise_variance)
@@ -90,7 +91,9 @@ def test_a_chain_of_predictions_is_a_joint_draw() -> None:
          for a, b in ((x[:1], points), (points, points))]  # fmt: skip
     half = torch.linalg.solve_triangular(state.chol, k[0], upper=False)
     mean = (k[0].mT @ state.alpha.unsqueeze(-1)).squeeze(-1)
-    second = (known.log_weight.exp()[..., None, None] * (k[1] - half.mT @ half + mean[..., None] * mean[..., None, :])).sum(1)
+    second = (
+        known.log_weight.exp()[..., None, None] * (k[1] - half.mT @ half + mean[..., None] * mean[..., None, :])
+    ).sum(1)
     architecture = Architecture(3, "kernel", 3, kernel="rbf", num_conditions=1)
     g = torch.Generator().manual_seed(3)
     chain = known.map(lambda value: value.expand(num, *value.shape[1:]))

@@ -381,7 +381,8 @@ def test_hypotheses_are_told_in_the_users_units():
     xs = 3 + 10 * torch.rand(2, 4, 3, generator=g).double()
     posterior = bdl.PFN(toy_network("kernel"), num_permutations=2).fit(x, y)
     h = posterior.hyperparameters
-    assert h["lengthscale"].shape == (2, 2, 6, 3) and h["weight"].sum(-1).numpy() == pytest.approx(1)
+    assert h["lengthscale"].shape == (2, 2, 6, 3)
+    assert h["weight"].sum(-1).numpy() == pytest.approx(1)
     kernel = bdl.kernels.Scale(bdl.kernels.Matern(nu=2.5))
     params = {"outputscale": h["outputscale"], "base.lengthscale": h["lengthscale"]}
     inputs, asked = x[:, None, None], xs[:, None, None]
@@ -392,7 +393,8 @@ def test_hypotheses_are_told_in_the_users_units():
     wanted = (h["weight"].unsqueeze(-1) * mean).sum(2) + centre[..., 0]
     assert posterior.predict(xs).mean.numpy() == pytest.approx(wanted.mT.numpy(), rel=1e-6)
     single = bdl.PFN(toy_network("kernel")).fit(x[0], y[0, :, 0]).hyperparameters
-    assert single["lengthscale"].shape == (3, 3) and single["weight"].shape == (3,)
+    assert single["lengthscale"].shape == (3, 3)
+    assert single["weight"].shape == (3,)
     with pytest.raises(SettingError, match="head of kernels"):
         bdl.PFN(toy_network("mixture")).fit(x[0], y[0, :, 0]).hyperparameters  # noqa: B018
 
