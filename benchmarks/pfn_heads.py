@@ -1,8 +1,9 @@
 """Heads of a network: the prior of `gp` learned from scratch with one head after another, on the same tasks.
 
 "mixture" is a transformer alone, of four layers of width 128, whose queries are tokens; "kernel" the one that ships,
-with 0, 1 and 2 refinements. One row a run: steps, weights, CPU seconds on one thread, and the gaps to the exact predictive
-at its end (100 tasks of two inputs at each of four context sizes, in nats). Rows that are there are not run again.
+with 0, 1 and 2 refinements. One row a run: steps, weights, CPU seconds on one thread, and the gaps to the exact
+predictive at its end (100 tasks of two inputs at each of four context sizes, in nats). Rows that are there are not run
+again.
 
     python benchmarks/pfn_heads.py                # benchmarks/results/pfn_heads.csv
 """

@@ -112,8 +112,8 @@ def slopes(kernel: str, raw: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """What a refinement is told of hypotheses, raw outputs (B M p): (B M p + 1), without a graph.
 
     First asinh of the slope of log p(D | theta) in each of the p - 1 logarithms (0 for columns that x lacks), which
-    keeps the order of magnitude of slopes of any size; then asinh of how far log p(D | theta) is behind the best hypothesis,
-    and log(1 + n).
+    keeps the order of magnitude of slopes of any size; then asinh of how far log p(D | theta) is behind the best
+    hypothesis, and log(1 + n).
 
     Cost: O(B M n^3) time, by tiles.
     """

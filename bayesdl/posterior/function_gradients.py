@@ -28,11 +28,11 @@ def function_gradients(functions: Functions, x: Tensor) -> Tensor:
         x: (..., s, d), in the dtype of the posterior.
 
     Returns:
-        (num, ..., s, d), or (num, ..., s, k, d); differentiable in x, but for a PFN.
+        (num, ..., s, d), or (num, ..., s, k, d); differentiable in x, but for a PFN whose queries are tokens.
 
     Raises:
         DtypeError, DataError: x is no floating tensor, or not finite.
-        SettingError: x requires a gradient, and the functions pass a layer norm, as a PFN's do.
+        SettingError: x requires a gradient, and the functions pass a layer norm, as those of such a PFN do.
 
     Cost: d evaluations with their derivatives.
     """

@@ -67,12 +67,16 @@ def test_slopes_are_differentiable():
     assert torch.autograd.gradcheck(lambda at: function_gradients(functions, at), (new,), eps=1e-6, atol=1e-6)
 
 
-def test_slopes_of_a_pfn_are_not_differentiated_again():
+def test_slopes_of_a_pfn_are_not_differentiated_again_where_queries_are_tokens():
+    """Those of a head of kernels, whose queries pass no layer norm, are."""
     x, y = data()
-    functions = ENGINES["PFN"].fit(x, y, seed=0).functions(2, seed=1)
+    plain = bdl.PFN.from_pretrained("learning-curve").fit(x[:, :1], y, seed=0).functions(2, seed=1)
     with pytest.raises(SettingError, match="layer norm"):
-        function_gradients(functions, x[:2].clone().requires_grad_())
-    assert not function_gradients(functions, x[:2]).requires_grad
+        function_gradients(plain, x[:2, :1].clone().requires_grad_())
+    assert not function_gradients(plain, x[:2, :1]).requires_grad
+    functions = ENGINES["PFN"].fit(x, y, seed=0).functions(2, seed=1)
+    new = (x[:2] + 0.05).requires_grad_()
+    assert torch.autograd.gradcheck(lambda at: function_gradients(functions, at), (new,), eps=1e-6, atol=1e-5)
 
 
 def test_wrong_input_is_refused():
