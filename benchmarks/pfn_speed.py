@@ -4,7 +4,7 @@
   the context and predicting; with products in float32, and in bfloat16), by `ExactGP` with all data sets in one batch,
   by BoTorch's `SingleTaskGP` fitted and asked one after another, and by NUTS over the hyper-parameters, ours in batches
   and Pyro's one after another (100 transitions of warm-up and 100 draws, one chain, predictions mixed over 50 draws).
-  BoTorch takes the first 200 of the data sets, NUTS 40 (ours) and 3 (Pyro), and their times are scaled up: the column
+  BoTorch and our NUTS take the first 200 of the data sets, Pyro 3, and their times are scaled up: the column
   `measured` says so.
 - `query`: one query of a network that has read 100 points, and 1000 queries.
 - `dense`: a forward pass of 100 points and 1000 queries by a transformer whose queries are tokens (four layers of width
@@ -158,7 +158,7 @@ def dataset_rows(engine: Any) -> list[dict[str, Any]]:
         ("network, bfloat16", NUM_DATASETS, by_network(dataclasses.replace(engine, precision="bfloat16"))),
         ("exact gp", NUM_DATASETS, by_exact_gp(model)),
         ("botorch", 200, by_botorch),
-        ("nuts", 40, by_nuts(model)),
+        ("nuts", 200, by_nuts(model)),
         ("pyro nuts", 3, by_pyro),
     ]
     rows: list[dict[str, Any]] = []

@@ -86,7 +86,11 @@ class Hypotheses(NamedTuple):
 
 def join(parts: list[Hypotheses]) -> Hypotheses:
     """Rows of several, of the same number of points."""
-    state = ops.GPState(*(torch.cat(each) for each in zip(*(part.state for part in parts), strict=True)))
+    others = [name for name in ops.GPState._fields if name != "chol"]
+    fields = {name: torch.cat([getattr(part.state, name) for part in parts]) for name in others}
+    # factors are laid out by columns: joined as rows, each would be turned around twice
+    chol = torch.cat([part.state.chol.mT for part in parts]).mT
+    state = ops.GPState(chol=chol, **fields)
     return Hypotheses(state, *(torch.cat(each) for each in zip(*(part[1:] for part in parts), strict=True)))
 
 

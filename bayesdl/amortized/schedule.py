@@ -52,8 +52,8 @@ class Schedule:
         noiseless_share: Share of the tasks that ask for values without noise, by condition 0; needs num_conditions > 0.
         targets: "drawn": the loss of a query is -log q of one target. "expected": its mean over the law of the target
             given the context and the latents of its task, by eight stratified draws, for priors that know that law
-            (`conditional`: Gaussian and Student-t processes, HEBO+). The objective is the same with less noise in its
-            gradient (`benchmarks/pfn_targets.py`), for one more factorisation a task.
+            (`conditional`: Gaussian and Student-t processes, HEBO+, learning curves). The objective is the same with
+            less noise in its gradient (`benchmarks/pfn_targets.py`), for one more factorisation a task.
         num_evaluations: Times that the log is written, and `evaluate` is called.
 
     Raises:

@@ -22,6 +22,7 @@ from bayesdl.errors import NumericalError, SettingError, fail
 from bayesdl.hyper import HyperPrior, LogNormal
 from bayesdl.priors._curves import CURVES, Law
 from bayesdl.priors._tasks_base import Tasks, check_sizes
+from bayesdl.priors._tasks_conditional import Conditional
 from bayesdl.priors._tasks_draws import check_law
 
 _SPREAD = math.sqrt(1.0 / 12.0)  # of a uniform variable on [0, 1], by which both axes are standardised
@@ -111,6 +112,13 @@ class LearningCurves:
         """y for an accuracy in [0, 1]."""
         return (accuracy - 0.5) / _SPREAD if self.standardize else accuracy
 
+    def place(self, x: Tensor) -> Tensor:
+        """t at x: the inverse of `coordinate`."""
+        if not self.standardize:
+            return x
+        count = (_SPREAD * x + 0.5) * (self.horizon + 1)
+        return count if self.axis == "epoch" else torch.exp((count - 1.0) * math.log(self.ratio))
+
     def accuracy(self, y: Tensor) -> Tensor:
         """The accuracy that y stands for: the inverse of `target`."""
         return 0.5 + _SPREAD * y if self.standardize else y
@@ -137,6 +145,23 @@ class LearningCurves:
         x = self.coordinate(t[:n]).to(torch.float32).expand(batch, n).unsqueeze(-1).contiguous()
         y, noiseless = (self.target(v).to(torch.float32) for v in (f + sigma * e, f))
         return Tasks(x, y, noiseless, {**latents, "noise": sigma.squeeze(-1)})
+
+    def conditional(
+        self, latents: dict[str, Tensor], x: Tensor, y: Tensor, xs: Tensor, num_noiseless: int = 0
+    ) -> Conditional:
+        """The law of the curve at xs (batch q 1) given the latents, under which it is known: variance 0.
+
+        Args:
+            latents: Of `sample`.
+            x, y, num_noiseless: The context, which tells nothing more.
+            xs: (batch q 1).
+
+        Cost: O(batch q K).
+        """
+        t = self.place(xs.squeeze(-1).to(latents["weights"]))
+        mean = self.target(self.curve(t, latents))
+        sigma = latents["noise"] / _SPREAD if self.standardize else latents["noise"]
+        return Conditional(mean, torch.zeros_like(mean), sigma.square())
 
     def _in_range(self, t: Tensor, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Latents of `batch` curves that fulfil the conditions: many are tried at a time, those that do are kept."""

@@ -66,6 +66,21 @@ def test_without_a_context_it_is_the_prior() -> None:
     torch.testing.assert_close(law.variance, torch.full((5, 3), 2.5, dtype=torch.float64), rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"axis": "size", "horizon": 36}, {"standardize": False}])
+def test_a_curve_is_known_from_its_latents(settings: dict[str, object]) -> None:
+    """The mean is the curve itself, variance 0; what is left is the noise, in the units of y.
+
+    Standardised errors of 300 curves at 20 places: the mean square is 1 within 4.5 standard errors.
+    """
+    prior = tasks.LearningCurves(**settings)
+    drawn = prior.sample(300, 36, 1, torch.Generator().manual_seed(3))
+    law = prior.conditional(drawn.latents, drawn.x[:, :16], drawn.y[:, :16], drawn.x[:, 16:])
+    torch.testing.assert_close(law.mean.float(), drawn.noiseless[:, 16:], rtol=1e-4, atol=1e-5)
+    assert bool((law.variance == 0).all())
+    scaled = (drawn.y[:, 16:].double() - law.mean) / law.noise_variance.sqrt().unsqueeze(-1)
+    assert abs(float(scaled.square().mean()) - 1) < 4.5 * (2 / scaled.numel()) ** 0.5
+
+
 @pytest.mark.parametrize("prior", [tasks.HEBOPlus(linear=True), tasks.StudentTProcess(tasks.NeuralNetwork())])
 def test_priors_without_the_law_say_so(prior: tasks.TaskPrior) -> None:
     """HEBO's slopes are not among its latents, and a network's values are not normal."""
