@@ -27,7 +27,7 @@ from bayesdl.errors import DataError, OutOfRangeWarning, SettingError, ShapeErro
 from bayesdl.priors.tasks import Tabular, Tasks
 
 RECIPES = Path(__file__).parents[2] / "benchmarks" / "recipes"
-GAPS = {"gp": 0.15, "bo": 0.35}  # nats a point at n = 10; at release 0.04 and 0.22, known to 0.02 and 0.04 on 40 tasks
+GAPS = {"gp": 0.06, "bo": 0.12}  # nats a point at n = 10; at release 0.004 and 0.02, known to 0.01 and 0.03 on 40 tasks
 
 
 @pytest.fixture
@@ -193,8 +193,8 @@ def test_joint_draws_go_together_as_exact_ones_do(recipe: Any) -> None:
 def test_a_step_of_bayesian_optimisation_goes_where_it_pays(recipe: Any) -> None:
     """Expected improvement, exact under the prior, at the point where the network expects most, of 60 candidates.
 
-    Relative to the best of the candidates it was 0.77 on average over ten tasks of 12 values at release, and 0.22 at a
-    random one; the correlation of the two log improvements had a median of 0.91.
+    Relative to the best of the candidates it was 0.97 on average over ten tasks of 12 values at release, and 0.22 at a
+    random one; the correlation of the two log improvements had a median of 0.93.
     """
     made, n = recipe("bo"), 12
     tasks = made.prior.sample(10, n + 60, 2, torch.Generator().manual_seed(9))
@@ -206,7 +206,7 @@ def test_a_step_of_bayesian_optimisation_goes_where_it_pays(recipe: Any) -> None
     ours = log_expected_improvement(posterior.predict(xs), best)
     exact = log_expected_improvement(made.draws(x, y, xs, num_draws=60).predictive(), best)
     relative = (exact - exact.amax(-1, keepdim=True)).exp()
-    assert float(relative.gather(-1, ours.argmax(-1, keepdim=True)).mean()) > 0.55
+    assert float(relative.gather(-1, ours.argmax(-1, keepdim=True)).mean()) > 0.8
     together = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(exact, ours, strict=True)]
     assert sorted(together)[5] > 0.8
 
@@ -250,9 +250,9 @@ def probabilities(x: Tensor, y: Tensor, xs: Tensor, **settings: Any) -> Tensor:
 
 @has("tabular")
 def test_the_table_network_beats_class_frequencies() -> None:
-    """By 0.06 nats a row on 24 fresh tables of its prior, and it is calibrated: confidence and accuracy within 0.06.
+    """By 0.1 nats a row on 24 fresh tables of its prior, and it is calibrated: confidence and accuracy within 0.06.
 
-    At release it was 0.12 (logistic regression and a random forest: 0.11), confidence 0.69 and accuracy 0.70.
+    At release it was 0.16 (logistic regression and a random forest: 0.11), confidence 0.70 and accuracy 0.73.
     """
     found, _ = tables()
     x, y, xs, ys = found.x[:, :100], found.y[:, :100], found.x[:, 100:], found.y[:, 100:]
@@ -260,7 +260,7 @@ def test_the_table_network_beats_class_frequencies() -> None:
     ours = p.gather(-1, ys.unsqueeze(-1)).clamp_min(1e-6).log().mean()
     shares = (torch.nn.functional.one_hot(y, 4).double().mean(1) + 1e-3).log()
     blind = shares.gather(-1, ys).mean()
-    assert float(ours - blind) > 0.06
+    assert float(ours - blind) > 0.1
     confidence, label = p.max(-1)
     assert float(confidence.mean()) == pytest.approx(float((label == ys).double().mean()), abs=0.06)
 
