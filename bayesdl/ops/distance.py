@@ -23,8 +23,10 @@ _FEW_ROWS = 256
 def sqdist(x: Tensor, z: Tensor | None = None) -> Tensor:
     r"""All squared distances, differentiable in both arguments to any order, with no NaN at coincident rows.
 
-    A distance below the rounding error of its own computation, 16 eps |x_i|^2 after centring, is returned as exactly 0,
-    with zero gradient; so rows that coincide are at distance 0 whether or not they stand on the diagonal.
+    A distance below the rounding error of its own computation, 16 eps |x_i|^2 after centring, is returned as exactly 0;
+    so rows that coincide are at distance 0 whether or not they stand on the diagonal. Its derivatives stay those of
+    |x_i - z_j|^2, of which the second does not vanish where the first does. A square root of it has no slope at 0:
+    kernels are functions of the square, as in `profiles`.
 
     Args:
         x: (*b n d).
@@ -42,7 +44,7 @@ def sqdist(x: Tensor, z: Tensor | None = None) -> Tensor:
         x = x - x.detach().mean(-2, keepdim=True)
         d2, norm = _expand(x, x)
         eye = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
-        return d2.masked_fill_((d2 <= _threshold(norm)) | eye, 0.0)
+        return _settled(d2, norm).masked_fill_(eye, 0.0)
     if x.shape[-1] != z.shape[-1]:
         fail(
             ShapeError,
@@ -53,8 +55,7 @@ def sqdist(x: Tensor, z: Tensor | None = None) -> Tensor:
         )
     # The centre must be the same for both, whichever of them carries the batch axes.
     centre = x.detach().mean(-2, keepdim=True)
-    d2, norm = _expand(x - centre, z - centre)
-    return d2.masked_fill_(d2 <= _threshold(norm), 0.0)
+    return _settled(*_expand(x - centre, z - centre))
 
 
 def sqdist_centred(
@@ -138,5 +139,9 @@ def _expand(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return (norm.unsqueeze(-1) + other.unsqueeze(-2)).sub_(x @ z.mT, alpha=2.0), norm.detach()
 
 
-def _threshold(norm: Tensor) -> Tensor:
-    return (16.0 * torch.finfo(norm.dtype).eps * norm).unsqueeze(-1)
+def _settled(d2: Tensor, norm: Tensor) -> Tensor:
+    """Distances below their own rounding error become 0, in place, and keep their derivatives."""
+    near = d2 <= (16.0 * torch.finfo(norm.dtype).eps * norm).unsqueeze(-1)
+    if not torch.is_grad_enabled():
+        return d2.masked_fill_(near, 0.0)
+    return d2.sub_(torch.where(near, d2.detach(), 0.0))

@@ -7,6 +7,7 @@ import torch
 
 from bayesdl import ops
 from bayesdl.errors import ShapeError
+from bayesdl.kernels import RBF, Matern
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
@@ -45,6 +46,34 @@ def test_distances_are_differentiable_at_coincident_rows():
     x = torch.tensor([[0.1, 0.7], [0.3, 0.2], [0.1, 0.7]], dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(ops.sqdist(x).sum(), x)
     torch.testing.assert_close(grad, 4 * (3 * x - x.sum(0)).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivatives_do_not_vanish_where_rows_coincide():
+    """d2 |x - z|^2 / dx dx' = 2 I and d2 / dx dz' = -2 I at any x, also at x = z; by forward mode over reverse too."""
+    z = torch.tensor([[0.1, 0.7], [0.3, 0.2]], dtype=torch.float64)
+
+    def total(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return ops.sqdist(x, z)[0, 0]
+
+    eye = torch.eye(2, dtype=torch.float64)
+    (xx, xz), _ = torch.autograd.functional.hessian(total, (z[:1].clone(), z))
+    torch.testing.assert_close(xx[0, :, 0], 2 * eye)
+    torch.testing.assert_close(xz[0, :, 0], -2 * eye)
+    torch.testing.assert_close(torch.func.hessian(total)(z[:1].clone(), z)[0, :, 0], 2 * eye)
+    own = torch.autograd.functional.hessian(lambda x: ops.sqdist(x)[0, 1], torch.cat([z[:1], z[:1]]))
+    torch.testing.assert_close(own[0, :, 1], -2 * eye)
+
+
+@pytest.mark.parametrize(
+    "kernel", [RBF(lengthscale=0.4), Matern(nu=2.5, lengthscale=0.4), Matern(nu=1.5, lengthscale=0.4)]
+)
+def test_kernels_bend_at_the_data(kernel):
+    """The Hessian of k(x, z) at x = z: -c / lengthscale^2 I, with c = 1, 5/3 and 3."""
+    x = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    found = torch.autograd.functional.hessian(lambda at: kernel(at, x).sum(), x.clone())
+    curvature = {"RBF": 1.0, 2.5: 5 / 3, 1.5: 3.0}[getattr(kernel, "nu", "RBF")]
+    want = -curvature / 0.4**2 * torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(found[0, :, 0], want, rtol=1e-9, atol=1e-9)
 
 
 def test_different_numbers_of_columns_are_refused():
