@@ -19,7 +19,7 @@ from bayesdl.models.log_density import LogDensity
 from bayesdl.priors.tasks import LearningCurves
 from bayesdl.samplers import nuts
 
-CHAINS, WARMUP, DRAWS, DEPTH = 4, 300, 300, 6
+CHAINS, WARMUP, DRAWS, DEPTH = 4, 500, 1000, 6
 _POOL = 5000  # prior curves among which each posterior looks for its starts
 _LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)
 

@@ -5,7 +5,7 @@
     python benchmarks/pfn_curves.py picture                       # only the picture, from the CSV
 
 Of 100 fresh curves of the prior the first 10, 20 or 40 of 100 epochs are known; the score is the mean log likelihood of
-each later epoch, in units of accuracy. NUTS (4 chains, 300 transitions of warm-up and 300 draws) starts from the most
+each later epoch, in units of accuracy. NUTS (4 chains, 500 transitions of warm-up and 1000 draws) starts from the most
 likely of 5000 curves of the prior. "known curve" is the density of the curve that the data came from: nobody can know
 as much. Seconds are of the process, for all later epochs of one curve; the network's are told for curves asked one by
 one and for 100 at once.

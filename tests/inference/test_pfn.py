@@ -121,7 +121,7 @@ def test_the_order_of_the_data_does_not_matter(head, precision):
 @pytest.mark.parametrize("name", shipped())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_order_of_the_data_does_not_matter_to_shipped_networks(name, dtype):
-    """To 1e-5, in float32 too, where without a fixed order those of kernels would differ by 1e-4 and more."""
+    """Mean and variance, or probabilities, to 1e-5; in float32 too."""
     width = 1 if name.startswith("learning-curve") else 3
     x, y = data(30 if width == 1 else 60, width, classes=3 if name == "tabular" else 0)
     x, y = x.clamp(-1.5, 1.5).to(dtype), y.to(dtype) / (1 if name == "tabular" else 10)
