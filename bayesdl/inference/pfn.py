@@ -49,10 +49,11 @@ class PFN:
         update: What `condition_on` does: "exact", read all data again; or "append", read the new points behind the old
             ones, which costs O(n) for each in place of O(n^2) for all, and is what long rollouts want.
         precision: In which the network computes: "data", the dtype of x; "float32", about twice as fast where the data
-            is float64, with errors of about 1e-6 of a standard deviation; "float64"; or "bfloat16", for many data sets
-            or queries at once: products in bfloat16, and keys and values in half the memory, on a processor that has
-            such products (AVX512-BF16, AMX, GPUs); others may be slower. A head of kernels computes its factors in
-            float32 all the same. The networks that ship lose less than 0.002 nats a point.
+            is float64, with errors of about 1e-6 of a standard deviation, with a head of kernels up to 1e-3 where there
+            is next to no noise; "float64"; or "bfloat16", for many data sets or queries at once: products in bfloat16,
+            and keys and values in half the memory, on a processor that has such products (AVX512-BF16, AMX, GPUs);
+            others may be slower. A head of kernels computes its factors in float32 all the same. The networks that ship
+            lose less than 0.002 nats a point.
         conditions: What else the network was trained to be told of the prior, for one that was.
     """
 
