@@ -299,3 +299,13 @@ def test_learning_rates_are_those_of_the_formulas() -> None:
     linear = Schedule(num_steps=100, learning_rate=0.2, warmup_share=0.1, decay="linear", decay_share=0.4)
     assert linear.stable_until == 60
     assert [linear.rate(s) for s in (59, 60, 80, 99)] == pytest.approx([0.2, 0.2, 0.1, 0.005])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("appended_share", [0.0, 0.5])
+def test_a_compiled_run_learns_the_same(appended_share: float) -> None:
+    """Weights after twelve steps, of contexts of many sizes, within rounding of those of a run that is not compiled."""
+    schedule = replace(BRIEF, appended_share=appended_share)
+    plain, compiled = (train(NormalMeans(), schedule, compile=on).network.state_dict() for on in (False, True))
+    for name, weight in plain.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-4)

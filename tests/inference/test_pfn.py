@@ -70,6 +70,12 @@ def test_every_shipped_network_keeps_the_contract(name):
     check_engine(engine, coherence=0.35)
 
 
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("learning-curve")])
+def test_networks_for_curves_keep_the_contract(name):
+    """One column, in the units of curves; joint draws and marginals agree to 0.35 standard deviations."""
+    check_engine(bdl.PFN.from_pretrained(name), num_inputs=1, any_units=False, coherence=0.35)
+
+
 def by_hand(network: Pretrained, x, y, x_new, *, noiseless=False):
     """The network's own forward pass on data standardised by hand, float64, and the units of y."""
     module = network.to(dtype=torch.float64).network
