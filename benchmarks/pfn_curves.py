@@ -1,14 +1,14 @@
 """The network `learning-curve` against NUTS on its own prior, and against simple rules on real curves.
 
     python benchmarks/pfn_curves.py reference [--scratch DIR]     # NUTS, curve after curve; resumes
-    python benchmarks/pfn_curves.py score [--lcdb DIR]            # everything else: CSV and picture
+    python benchmarks/pfn_curves.py score [--lcdb DIR] [--card]   # everything else: CSV and picture
     python benchmarks/pfn_curves.py picture                       # only the picture, from the CSV
 
 Of 100 fresh curves of the prior the first 10, 20 or 40 of 100 epochs are known; the score is the mean log likelihood of
 each later epoch, in units of accuracy. NUTS (4 chains, 500 transitions of warm-up and 1000 draws) starts from the most
 likely of 5000 curves of the prior. "known curve" is the density of the curve that the data came from: nobody can know
 as much. Seconds are of the process, for all later epochs of one curve; the network's are told for curves asked one by
-one and for 100 at once.
+one and for 100 at once. With --card the gaps to NUTS go into the card of the shipped network, too.
 
 Real curves are those of the learning-curve database, in the PyPI package lcdb (its CSV files, 0.5 GB unpacked, are
 read; the package is not imported): see `real_curves.py`.
@@ -36,6 +36,7 @@ import curve_posterior
 import real_curves
 import torch
 from machine import describe
+from pfn_mimicry import into_card
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--size-network", type=Path, help="the network of recipes/learning_curve_size.py, if trained")
     parser.add_argument("--lcdb", type=Path, help="folder of database-accuracy.csv; by default the installed package's")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "bayesdl_pfn_curves")
+    parser.add_argument("--card", action="store_true", help="write the gaps to NUTS into the shipped network's card")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the ranges of the cards, and chains that have not met
@@ -168,6 +170,8 @@ def main() -> None:
             picture(engine, list(csv.DictReader(file)))
         return
     rows = prior_rows(engine, args.scratch)
+    if args.card:
+        into_card(engine.network, gaps(rows), "nuts")
     table = real_curves.load(args.lcdb)
     if table is not None:
         engines = {"network": (engine, PRIOR)}
@@ -182,6 +186,13 @@ def main() -> None:
     for row in rows:
         print({name: value for name, value in row.items() if value != ""}, flush=True)
     picture(engine, rows)
+
+
+def gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the network loses to NUTS, in the words of a card."""
+    words = {"n": "known", "tasks": "num_curves", "half_width_95": "gain_half_width_95"}
+    by_nuts = [row for row in rows if row["method"] == "NUTS"]
+    return [{**{k: row[v] for k, v in words.items()}, "gap": -float(row["network_gain"])} for row in by_nuts]
 
 
 def picture(engine: bdl.PFN, rows: list[dict[str, Any]]) -> None:

@@ -149,11 +149,10 @@ def score(network: str, file: str, scratch: Path, sizes: list[int], *, card: boo
         picture(engine, rows, levels)
 
 
-def into_card(network: Pretrained, rows: list[dict[str, Any]]) -> None:
+def into_card(network: Pretrained, rows: list[dict[str, Any]], to: str = "the_exact_predictive") -> None:
     """Write the gaps into the card of the shipped network."""
     numbers = {key: [float(row[key]) for row in rows] for key in ("n", "tasks", "gap", "half_width_95")}
-    told = {"gap_to_the_exact_predictive": numbers}
-    name = network.card["name"]
+    told, name = {f"gap_to_{to}": numbers}, network.card["name"]
     Pretrained(network.network, network.borders, {**network.card, **told}).save(WEIGHTS / f"{name}.safetensors")
 
 
