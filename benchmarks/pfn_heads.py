@@ -18,16 +18,16 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
 
 import argparse
-import csv
 import dataclasses
+import functools
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from machine import describe
 from pfn_mimicry import recipe
 from pfn_optimizers import TRANSFORMER
+from rows import Row, complete
 
 from bayesdl.amortized import Architecture, pretrain
 
@@ -42,7 +42,7 @@ def heads() -> dict[str, tuple[Architecture, float]]:
     return {"mixture": (TRANSFORMER, 8e-4), **refined}
 
 
-def trained(name: str, architecture: Architecture, rate: float) -> dict[str, Any]:
+def trained(name: str, architecture: Architecture, rate: float) -> Row:
     """One run, and how it ended."""
     made = recipe("gp")
     made.reference()
@@ -63,19 +63,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    if args.out.exists():
-        with args.out.open(encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    for name, (architecture, rate) in heads().items():
-        if name in {row["head"] for row in rows}:
-            continue
-        rows.append(trained(name, architecture, rate))
-        print(dict(list(rows[-1].items())[:9]), flush=True)
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    runs = {name: functools.partial(trained, name, *how) for name, how in heads().items()}
+    complete(args.out, lambda row: row["head"], runs)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
 
 import argparse
-import csv
 import dataclasses
+import functools
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from machine import describe
 from pfn_mimicry import recipe
+from rows import Row, complete
 
 from bayesdl.amortized import Architecture, pretrain
 
@@ -37,10 +37,9 @@ RUNS = (
 )  # fmt: skip
 SIZES = (1, 5, 20, 60)
 TRANSFORMER = Architecture(max_inputs=5, head="mixture", outputs=10, width=128, num_layers=4, num_conditions=1)
-COLUMNS = ("optimizer", "learning_rate", "steps", "loss", *(f"gap_{n}" for n in SIZES), "cpu_seconds", *describe())
 
 
-def trained(optimizer: str, rate: float, steps: int) -> dict[str, Any]:
+def trained(optimizer: str, rate: float, steps: int) -> Row:
     """One run, and how it ended."""
     made = recipe("gp")
     made.reference()
@@ -51,8 +50,9 @@ def trained(optimizer: str, rate: float, steps: int) -> dict[str, Any]:
     seconds = time.process_time() - began
     gaps = made.evaluate(network)
     row = {"optimizer": optimizer, "learning_rate": f"{rate:g}", "steps": str(steps)}
-    row |= {"loss": f"{network.card['log'][-1]['loss']:.4f}", "cpu_seconds": f"{seconds:.1f}"}
-    return row | {f"gap_{n}": f"{gaps[f'gap_{n}']:.4f}" for n in SIZES} | describe()
+    row |= {"loss": f"{network.card['log'][-1]['loss']:.4f}"}
+    row |= {f"gap_{n}": f"{gaps[f'gap_{n}']:.4f}" for n in SIZES}
+    return {**row, "cpu_seconds": f"{seconds:.1f}", **describe()}
 
 
 def main() -> None:
@@ -61,20 +61,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    if args.out.exists():
-        with args.out.open(encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    there = {(row["optimizer"], float(row["learning_rate"]), int(row["steps"])) for row in rows}
-    for run in RUNS:
-        if run in there:
-            continue
-        rows.append(trained(*run))
-        print({name: rows[-1][name] for name in COLUMNS[:9]}, flush=True)
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+    runs = {run: functools.partial(trained, *run) for run in RUNS}
+    complete(args.out, lambda row: (row["optimizer"], float(row["learning_rate"]), int(row["steps"])), runs)
 
 
 if __name__ == "__main__":
