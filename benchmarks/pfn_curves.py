@@ -4,11 +4,12 @@
     python benchmarks/pfn_curves.py score [--lcdb DIR] [--card]   # everything else: CSV and picture
     python benchmarks/pfn_curves.py picture                       # only the picture, from the CSV
 
-Of 100 fresh curves of the prior the first 10, 20 or 40 of 100 epochs are known; the score is the mean log likelihood of
-each later epoch, in units of accuracy. NUTS (4 chains, 500 transitions of warm-up and 1000 draws) starts from the most
-likely of 5000 curves of the prior. "known curve" is the density of the curve that the data came from: nobody can know
-as much. Seconds are of the process, for all later epochs of one curve; the network's are told for curves asked one by
-one and for 100 at once. With --card the gaps to NUTS go into the card of the shipped network, too.
+Of 100 fresh curves of the prior the first 10, 20 or 40 of 100 epochs are known, or for `learning-curve-size` the first
+5, 8 or 12 of 36 sizes; the score is the mean log likelihood of each later one, in units of accuracy. NUTS (4 chains,
+500 transitions of warm-up and 1000 draws) starts from the most likely of 5000 curves of the prior. "known curve" is the
+density of the curve that the data came from: nobody can know as much. Seconds are of the process, for all later points
+of one curve; a network's are told for curves asked one by one and for 100 at once. With --card the gaps to NUTS go into
+the cards of the shipped networks, too.
 
 Real curves are those of the learning-curve database, in the PyPI package lcdb (its CSV files, 0.5 GB unpacked, are
 read; the package is not imported): see `real_curves.py`.
@@ -25,12 +26,13 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import argparse
 import csv
+import itertools
 import math
 import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import curve_posterior
 import real_curves
@@ -45,27 +47,38 @@ from bayesdl.priors.tasks import LearningCurves, Tasks
 
 RESULTS = Path(__file__).parent / "results" / "pfn_curves.csv"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "pfn_curves.png"
-CUTS = (20, 10, 40)
 CURVES, PIECE = 100, 50
-PRIOR = LearningCurves()
 SLOPE = math.sqrt(12.0)  # of the network's y in accuracy
 
 
-def fresh() -> tuple[Tasks, Tensor]:
+class Axis(NamedTuple):
+    """A prior over curves, its name in the table and in scratch files, and how many points are known."""
+
+    name: str
+    files: str
+    prior: LearningCurves
+    cuts: tuple[int, ...]
+
+
+EPOCHS = Axis("prior", "n", LearningCurves(), (20, 10, 40))
+SIZES = Axis("prior, sizes", "size_n", real_curves.SIZES, (5, 8, 12))
+
+
+def fresh(prior: LearningCurves) -> tuple[Tasks, Tensor]:
     """The curves, and their accuracies (CURVES, horizon)."""
-    tasks = PRIOR.sample(CURVES, PRIOR.horizon, 1, torch.Generator().manual_seed(2_000_003))
-    return tasks, PRIOR.accuracy(tasks.y.double())
+    tasks = prior.sample(CURVES, prior.horizon, 1, torch.Generator().manual_seed(2_000_003))
+    return tasks, prior.accuracy(tasks.y.double())
 
 
 def reference(scratch: Path) -> None:
     """Compute what is missing, one file for each cut-off and piece of the curves."""
     scratch.mkdir(parents=True, exist_ok=True)
-    _, y = fresh()
-    for piece in range(CURVES // PIECE):
-        for n in CUTS:
-            path = scratch / f"n{n}_{piece}.safetensors"
+    for axis, piece in itertools.product((EPOCHS, SIZES), range(CURVES // PIECE)):
+        _, y = fresh(axis.prior)
+        for n in axis.cuts:
+            path = scratch / f"{axis.files}{n}_{piece}.safetensors"
             if not path.exists():
-                found = curve_posterior.answer(PRIOR, y[piece * PIECE : (piece + 1) * PIECE], n, seed=piece)
+                found = curve_posterior.answer(axis.prior, y[piece * PIECE : (piece + 1) * PIECE], n, seed=piece)
                 save_file(found._asdict(), path.with_suffix(".partial"))
                 path.with_suffix(".partial").replace(path)
                 told = f"{found.score.mean():.3f} a point, {found.seconds[0]:.1f} s a curve"
@@ -91,28 +104,28 @@ def network_seconds(engine: bdl.PFN, tasks: Tasks, n: int, repeats: int = 5) -> 
     return min(alone), min(together)
 
 
-def last_value_scores(tasks: Tasks, n: int) -> Tensor:
+def last_value_scores(prior: LearningCurves, tasks: Tasks, n: int) -> Tensor:
     """The last value, with the spread that the differences have in other curves of the prior."""
-    pool = PRIOR.sample(5000, PRIOR.horizon, 1, torch.Generator().manual_seed(3_000_003))
-    others = PRIOR.accuracy(pool.y.double())
+    pool = prior.sample(5000, prior.horizon, 1, torch.Generator().manual_seed(3_000_003))
+    others = prior.accuracy(pool.y.double())
     spread = (others[:, n:] - others[:, n - 1 : n]).square().mean(0).sqrt()
-    y = PRIOR.accuracy(tasks.y.double())
+    y = prior.accuracy(tasks.y.double())
     return torch.distributions.Normal(y[:, n - 1 : n], spread).log_prob(y[:, n:]).mean(-1)
 
 
-def prior_rows(engine: bdl.PFN, scratch: Path) -> list[dict[str, Any]]:
+def prior_rows(engine: bdl.PFN, axis: Axis, scratch: Path) -> list[dict[str, Any]]:
     """One row for each cut-off and method; every method is scored on the curves that NUTS has done."""
-    tasks, y = fresh()
-    t = PRIOR.times(y)
+    tasks, y = fresh(axis.prior)
+    t = axis.prior.times(y)
     rows = []
-    for n in sorted(CUTS):
-        paths = {i: scratch / f"n{n}_{i}.safetensors" for i in range(CURVES // PIECE)}
+    for n in sorted(axis.cuts):
+        paths = {i: scratch / f"{axis.files}{n}_{i}.safetensors" for i in range(CURVES // PIECE)}
         done = {i: path for i, path in paths.items() if path.exists()}
         which = torch.arange(CURVES).reshape(-1, PIECE)[list(done or paths)].flatten()
-        known = curve_posterior.log_scores(PRIOR, tasks.latents, t[n:], y[:, n:]).mean(-1)
+        known = curve_posterior.log_scores(axis.prior, tasks.latents, t[n:], y[:, n:]).mean(-1)
         ours = network_scores(engine, tasks, n)
         alone, together = network_seconds(engine, tasks, n)
-        scores = {"network": ours, "last value": last_value_scores(tasks, n), "known curve": known}
+        scores = {"network": ours, "last value": last_value_scores(axis.prior, tasks, n), "known curve": known}
         scores = {name: score[which] for name, score in scores.items()}
         rhat = seconds = None
         if done:
@@ -121,7 +134,7 @@ def prior_rows(engine: bdl.PFN, scratch: Path) -> list[dict[str, Any]]:
             rhat, seconds = (torch.cat([each[name] for each in found]) for name in ("rhat", "seconds"))
         for name, score in scores.items():
             gap = scores["network"] - score
-            row = {"curves": "prior", "known": n, "method": name, "num_curves": len(score), **summary(score, gap)}
+            row = {"curves": axis.name, "known": n, "method": name, "num_curves": len(score), **summary(score, gap)}
             if name == "network":
                 row |= {"seconds": f"{alone:.3g}", "seconds_of_100_at_once": f"{together:.3g}"}
             if name == "NUTS":
@@ -154,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["reference", "score", "picture"])
     parser.add_argument("--network", default="learning-curve", help="a shipped name or a file")
-    parser.add_argument("--size-network", type=Path, help="the network of recipes/learning_curve_size.py, if trained")
+    parser.add_argument("--size-network", default="learning-curve-size", help="a shipped name or a file")
     parser.add_argument("--lcdb", type=Path, help="folder of database-accuracy.csv; by default the installed package's")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "bayesdl_pfn_curves")
     parser.add_argument("--card", action="store_true", help="write the gaps to NUTS into the shipped network's card")
@@ -169,14 +182,16 @@ def main() -> None:
         with RESULTS.open(newline="", encoding="utf-8") as file:
             picture(engine, list(csv.DictReader(file)))
         return
-    rows = prior_rows(engine, args.scratch)
-    if args.card:
-        into_card(engine.network, gaps(rows), "nuts")
+    networks = {"network": (engine, EPOCHS), "size network": (bdl.PFN.from_pretrained(args.size_network), SIZES)}
+    rows = []
+    for each, axis in networks.values():
+        found = prior_rows(each, axis, args.scratch)
+        rows += found
+        if args.card:
+            into_card(each.network, gaps(found), "nuts")
     table = real_curves.load(args.lcdb)
     if table is not None:
-        engines = {"network": (engine, PRIOR)}
-        if args.size_network is not None:
-            engines["size network"] = (bdl.PFN.from_pretrained(args.size_network), real_curves.SIZES)
+        engines = {name: (each, axis.prior) for name, (each, axis) in networks.items()}
         rows += real_curves.rows(engines, table)
     names = list(dict.fromkeys(name for row in rows for name in row))
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
@@ -224,14 +239,15 @@ def picture(engine: bdl.PFN, rows: list[dict[str, Any]]) -> None:
 
 
 def _draw_curves(engine: bdl.PFN, panels: Any) -> None:
-    tasks, y = fresh()
-    t = PRIOR.times(y)
+    prior = EPOCHS.prior
+    tasks, y = fresh(prior)
+    t = prior.times(y)
     for panel, which, n in zip(panels, (1, 4, 8), (10, 20, 40), strict=True):
         law = engine.fit(tasks.x[which, :n], tasks.y[which, :n]).predict(tasks.x[which, n:])
-        band = [PRIOR.accuracy(law.quantile(level)) for level in (0.05, 0.25, 0.75, 0.95)]
+        band = [prior.accuracy(law.quantile(level)) for level in (0.05, 0.25, 0.75, 0.95)]
         panel.fill_between(t[n:], band[0], band[3], color="C0", alpha=0.2, lw=0, label="90 % and 50 %")
         panel.fill_between(t[n:], band[1], band[2], color="C0", alpha=0.3, lw=0)
-        panel.plot(t[n:], PRIOR.accuracy(law.mean), color="C0", label="mean")
+        panel.plot(t[n:], prior.accuracy(law.mean), color="C0", label="mean")
         panel.plot(t[:n], y[which, :n], "k.", ms=4, label="known")
         panel.plot(t[n:], y[which, n:], ".", color="C3", ms=2, label="what follows")
         panel.set(title=f"{n} epochs known", xlabel="epoch")
